@@ -77,14 +77,19 @@ class DurableFile:
             got += len(data)
         return b"".join(pieces)
 
-    def has_data(self, offset: int, length: int) -> bool:
-        """False if the range is known to be a hole, or beyond the end: then it reads as zeros."""
+    def next_data(self, offset: int) -> int | None:
+        """Where data begins at ``offset`` or after it; None if only holes are left (SEEK_DATA)."""
         try:
-            return os.lseek(self.fd, offset, os.SEEK_DATA) < offset + length
+            return os.lseek(self.fd, offset, os.SEEK_DATA)
         except OSError as error:
             if error.errno == errno.ENXIO:
-                return False
+                return None
             raise
+
+    def has_data(self, offset: int, length: int) -> bool:
+        """False if the range is known to be a hole, or beyond the end: then it reads as zeros."""
+        found = self.next_data(offset)
+        return found is not None and found < offset + length
 
     def write_at(self, data: bytes | bytearray | memoryview, offset: int) -> None:
         """Write all of ``data`` at ``offset``; raises OSError, then the range is undefined."""
