@@ -1,2 +1,19 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""LMDB persistence for the `eventsourcing` library. Knows nothing of disks."""
+"""LMDB persistence for the `eventsourcing` library. Knows nothing of disks.
+
+``PERSISTENCE_MODULE=eventstore`` and ``LMDB_PATH`` make an application use it. Everything blocks.
+"""
+
+from eventstore.environment import LMDBEnvironment
+from eventstore.factory import Factory, LMDBFactory
+from eventstore.journal import Journal
+from eventstore.recorders import LMDBAggregateRecorder, LMDBApplicationRecorder
+
+__all__ = [
+    "Factory",
+    "Journal",
+    "LMDBAggregateRecorder",
+    "LMDBApplicationRecorder",
+    "LMDBEnvironment",
+    "LMDBFactory",
+]
