@@ -230,6 +230,8 @@ def test_closing_twice_does_nothing(tmp_path: Path) -> None:
     file.close()
     with pytest.raises(OSError, match="descriptor"):
         file.write_at(b"x", 0)
+    with pytest.raises(OSError, match="descriptor"):
+        file.has_data(0, 1)
 
 
 def test_make_dir_syncs_again_what_a_crash_may_have_left_unsynced(
