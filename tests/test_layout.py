@@ -6,13 +6,17 @@ from __future__ import annotations
 import ast
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from replicator import __version__
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -22,6 +26,7 @@ ORDER = (
     "eventstore",
     "replicator",  # the package's own __init__: the version
     "replicator.errors",
+    "replicator.nursery",
     "replicator.durable",
     "replicator.disk",
     "replicator.phcbt",
@@ -241,3 +246,45 @@ def test_shell_scripts_are_sound(name: str) -> None:
     text = (ROOT / name).read_text("utf-8")
     assert "\nset -euo pipefail\n" in text
     assert os.access(ROOT / name, os.X_OK)
+
+
+def test_the_wheel_holds_what_it_must_and_nothing_else(tmp_path: Path) -> None:
+    """Built from a copy: building leaves folders behind."""
+    copy = tmp_path / "project"
+    for name in FILES:
+        if name in {"pyproject.toml", "LICENSE"} or name.split("/")[0] in PACKAGES:
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(ROOT / name, copy / name)
+    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
+    subprocess.run(
+        [*pip, "--wheel-dir", tmp_path, copy], check=True, stdout=subprocess.PIPE, cwd=tmp_path
+    )
+    (wheel,) = tmp_path.glob("replctl-*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        (entry_points,) = (name for name in names if name.endswith("/entry_points.txt"))
+        commands = archive.read(entry_points).decode()
+    assert {name for name in names if ".dist-info/" not in name} == {
+        name for name in FILES if name in MODULES or name.endswith("/py.typed")
+    }
+    assert {f"{package}/py.typed" for package in PACKAGES} <= names
+    assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
+    assert "[replctl.commands]\nreceiver = receiver.command:receiver" in commands
+    assert wheel.name.startswith(f"replctl-{__version__}-")
+
+
+def test_a_skipped_test_fails_the_run(tmp_path: Path) -> None:
+    test = tmp_path / "test_skipped.py"
+    test.write_text("import pytest\n\n\ndef test_it():\n    pytest.skip('no such program')\n")
+    # The same conftest, loaded by name, as the file stands outside the folder that it rules.
+    options = ["-p", "tests.conftest", "-p", "no:cacheprovider", "--rootdir", str(tmp_path)]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-c", ROOT / "pyproject.toml", *options, test],
+        cwd=ROOT,
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1, done.stdout
+    assert "tests are never skipped" in done.stdout
+    assert "no such program" in done.stdout
