@@ -277,7 +277,7 @@ def test_a_skipped_test_fails_the_run(tmp_path: Path) -> None:
     test = tmp_path / "test_skipped.py"
     test.write_text("import pytest\n\n\ndef test_it():\n    pytest.skip('no such program')\n")
     # The same conftest, loaded by name, as the file stands outside the folder that it rules.
-    options = ["-p", "tests.conftest", "-p", "no:cacheprovider", "--rootdir", str(tmp_path)]
+    options = ["-p", "tests.conftest", "--rootdir", str(tmp_path)]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-c", ROOT / "pyproject.toml", *options, test],
         cwd=ROOT,
