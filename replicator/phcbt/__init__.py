@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
 """PHCBT01: the delta format. Specified in docs/phcbt01.md."""
 
+from replicator.phcbt.compose import compose
 from replicator.phcbt.decode import (
     NEED_DATA,
     DataRecord,
@@ -26,7 +27,10 @@ from replicator.phcbt.format import (
     IndexEntry,
     StreamHeader,
 )
+from replicator.phcbt.read import StoredDelta
+from replicator.phcbt.resume import SkeletonCut, SkeletonReader, SkeletonRecord, resume_partial
 from replicator.phcbt.track import Counts
+from replicator.phcbt.verify import Finding, verify_file
 
 __all__ = [
     "NEED_DATA",
@@ -37,16 +41,24 @@ __all__ = [
     "EncodedRecord",
     "End",
     "Event",
+    "Finding",
     "GrainRun",
     "Header",
     "IndexEntry",
     "IndexRecord",
     "Limits",
+    "SkeletonCut",
+    "SkeletonReader",
+    "SkeletonRecord",
+    "StoredDelta",
     "StreamHeader",
     "StreamWriter",
     "ZeroRecord",
+    "compose",
     "encode_chunk",
     "encode_data",
+    "resume_partial",
     "split_chunk",
+    "verify_file",
     "zero_record",
 ]

@@ -355,14 +355,14 @@ class IndexEntry:
         return _ENTRY.pack(self.offset, self.position, self.length, self.kind, self.codec, 0)
 
     @classmethod
-    def decode(cls, data: Buffer, at: int) -> IndexEntry:
-        """The entry at ``at`` in an index payload whose check has been verified. ValueError if
-        impossible.
+    def decode(cls, data: Buffer, at: int, position: int) -> IndexEntry:
+        """The entry at ``at`` in the payload of the index record at stream ``position``.
+        PhcbtError.
         """
-        offset, position, length, kind, codec, reserved = _ENTRY.unpack_from(data, at)
-        if kind not in (Kind.DATA, Kind.ZERO) or reserved:
-            raise ValueError(f"index entry of kind {kind}")
-        return cls(offset, position, length, Kind(kind), Codec(codec))
+        offset, block, length, kind, codec, reserved = _ENTRY.unpack_from(data, at)
+        if kind not in (Kind.DATA, Kind.ZERO) or codec > Codec.ZSTD or reserved:
+            raise PhcbtError(position, f"index entry of kind {kind} with codec {codec}")
+        return cls(offset, block, length, Kind(kind), Codec(codec))
 
 
 @dataclass(frozen=True, slots=True)

@@ -50,8 +50,8 @@ def unpack(record: EncodedRecord, position: int) -> bytes | memoryview:
         )
     except zstandard.ZstdError as error:
         raise PhcbtError(position, f"payload does not decompress: {error}") from error
-    if len(plain) != record.length:
-        raise PhcbtError(position, f"payload holds {len(plain)} bytes for {record.length}")
+    # zstd holds a frame to the content size that it states, and that is the record's length.
+    assert len(plain) == record.length
     return plain
 
 
@@ -66,8 +66,10 @@ def _check_frame(record: EncodedRecord, position: int) -> None:
         frame = zstandard.get_frame_parameters(payload)
     except zstandard.ZstdError as error:
         raise PhcbtError(position, f"zstd frame header: {error}") from error
-    if frame.content_size != record.length or frame.window_size > CHUNK_MAX:
+    if frame.content_size != record.length:
         raise PhcbtError(position, f"zstd frame of {frame.content_size} bytes for {record.length}")
+    if frame.window_size > CHUNK_MAX:
+        raise PhcbtError(position, f"zstd frame with a window of {frame.window_size} bytes")
 
 
 def verify_grains(
