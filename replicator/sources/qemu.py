@@ -1,0 +1,417 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""A VM in a running QEMU, or images in a ``qemu-storage-daemon``, as a source with change tracking.
+
+A snapshot is, for each disk, a dirty bitmap that starts, the reference's bitmap that stops, and a backup job that saves
+what the guest is about to overwrite into a scratch image; one QMP transaction makes all of it at one instant. The
+scratch image, with the disk behind it, is exported over NBD and reads as the disk was.
+
+If scratch space ran out, QEMU 7 would fail the *guest's* write. So ``take`` wants free space, and while a snapshot is
+read the free space is watched: the snapshot ends before the guest notices (``scratch_free_min``).
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+from uuid import UUID, uuid5
+
+import trio
+
+from replicator import durable
+from replicator.errors import SnapshotGoneError, SourceError
+from replicator.nbd.client import NbdClient
+from replicator.nbd.protocol import BASE_ALLOCATION, DIRTY_BITMAP
+from replicator.sources import snapshot_names as names
+from replicator.sources.base import SnapshotName, SourceDisk, VmIdentity
+from replicator.sources.qemu_inventory import (
+    Disk,
+    Inventory,
+    find_disks,
+    read_name,
+    read_uuid,
+    take_inventory,
+)
+from replicator.sources.qemu_removal import Removal, answers
+from replicator.sources.qemu_view import QemuDiskView, QemuSnapshot
+from replicator.sources.qmp import (
+    QmpClient,
+    QmpError,
+    QmpGoneError,
+    check_socket_path,
+    open_qmp,
+)
+from replicator.sources.snapshot_names import DiskRecord, SnapshotRecord
+
+_UUID_NAMESPACE = UUID("5f1c1bb1-5d9e-5a43-9a39-1f6d4f0e3b52")
+SCRATCH_FREE_MIN = 2 << 30
+READ_DEPTH = 16
+_GUARD_INTERVAL_S = 1.0
+
+
+class QemuSource:
+    """The VM behind one QMP socket. Implements ``Source``.
+
+    ``working_dir`` belongs to this VM alone: it takes the scratch images (as large as what the guest overwrites while
+    a snapshot lives), small records, and QEMU's NBD socket; QEMU must be able to write there. ``nbd_socket`` names an
+    NBD server that the QEMU process runs already (it can have only one). ``grain`` is the bitmaps' unit in bytes.
+    ``scratch_free_min``: below so many free bytes no snapshot is taken, and one that is being read ends.
+
+    A method that fails or is cancelled leaves what ``abandon`` removes.
+    """
+
+    def __init__(
+        self,
+        qmp_socket: Path,
+        working_dir: Path,
+        *,
+        name: str | None,
+        nbd_socket: Path | None = None,
+        grain: int,
+        scratch_free_min: int = SCRATCH_FREE_MIN,
+    ) -> None:
+        self._qmp_socket = qmp_socket
+        self._dir = working_dir
+        self._name = name
+        self._grain = grain
+        self._scratch_free_min = scratch_free_min
+        # The same for every process that serves this VM: what an earlier one started is found again.
+        key = names.socket_key(qmp_socket)
+        self._own_socket = working_dir / f"qemu-{key}.sock" if nbd_socket is None else None
+        self._nbd_socket = nbd_socket or working_dir / f"qemu-{key}.sock"
+        check_socket_path(qmp_socket, "QMP socket")
+        check_socket_path(self._nbd_socket, "NBD socket")
+
+    async def identify(self) -> VmIdentity:
+        """UUID and name from QEMU; without a UUID there, one made from the name. Raises SourceError."""
+        async with open_qmp(self._qmp_socket) as qmp:
+            uuid = await read_uuid(qmp)
+            name = self._name or await read_name(qmp)
+        if name is None and uuid is None:
+            raise SourceError("QEMU was given neither a name nor a UUID: set the VM's name")
+        if uuid is None:
+            uuid = uuid5(_UUID_NAMESPACE, str(name))
+        return VmIdentity(uuid, name or str(uuid))
+
+    async def take(self, name: SnapshotName) -> QemuSnapshot:
+        """See ``Source``. Also raises SourceError while a snapshot of another push is there."""
+        names.check_push_id(name.push_id)
+        await trio.to_thread.run_sync(durable.make_dir, self._dir)
+        await self._check_space(SourceError)
+        async with open_qmp(self._qmp_socket) as qmp:
+            inventory = await self._clear_way(qmp, name)
+            disks = await find_disks(qmp, inventory)
+            record, useless = await self._plan(name, disks)
+            if useless:
+                await qmp.execute("transaction", actions=useless)
+            await trio.to_thread.run_sync(record.save, self._dir)
+            for index, disk in enumerate(record.disks):
+                path = names.scratch_path(self._dir, name.push_id, index)
+                await _create_scratch(path, disk.size)
+                await qmp.execute(
+                    "blockdev-add",
+                    driver="qcow2",
+                    node_name=names.node_name(name.push_id, index),
+                    file={"driver": "file", "filename": str(path)},
+                    backing=disk.node,
+                )
+            await self._start_server(qmp)
+            record = record.taken(time.time_ns() // 1000)
+            await trio.to_thread.run_sync(record.save, self._dir)
+            await self._transact(qmp, record, disks)
+            for index, disk in enumerate(record.disks):
+                await qmp.execute(
+                    "block-export-add",
+                    type="nbd",
+                    id=names.object_id(name.push_id, index),
+                    name=names.object_id(name.push_id, index),
+                    node_name=names.node_name(name.push_id, index),
+                    bitmaps=_bitmaps(record, disk),
+                )
+        return await self._open(record)
+
+    async def reopen(self, name: SnapshotName) -> QemuSnapshot:
+        """See ``Source``."""
+        record = await trio.to_thread.run_sync(SnapshotRecord.load, self._dir, name.push_id)
+        if record is None or not record.taken_at_us:
+            raise SnapshotGoneError(f"no snapshot of push {name.push_id}")
+        await self._check(record)
+        return await self._open(record)
+
+    async def confirm(self, name: SnapshotName) -> None:
+        """See ``Source``."""
+        async with self._removal() as removal:
+            await removal.end_snapshot(name.push_id)
+            await removal.remove_files(name.push_id, record=False)
+            if name.reference is not None and name.reference != name.push_id:
+                await removal.drop_bitmaps(name.reference)
+                await removal.remove_files(name.reference, record=True)
+
+    async def abandon(self, name: SnapshotName) -> None:
+        """See ``Source``."""
+        async with self._removal() as removal:
+            await _abandon(removal, name)
+
+    async def sweep(self, keep: SnapshotName | None, reference: str | None) -> list[str]:
+        """See ``Source``."""
+        kept = {reference}
+        frozen: str | None = None
+        if keep is not None:
+            kept |= {keep.push_id, keep.reference}
+            frozen = keep.reference
+        live = keep.push_id if keep is not None else None
+        prefix = names.node_prefix(live) if live is not None else None
+        async with self._removal() as removal:
+            strays = await self._known_pushes(removal.qmp) - {push for push in kept if push}
+            # Snapshots first: their exports hold bitmaps. Of the reference, too, nothing but the bitmap stays.
+            await removal.end_snapshots(
+                lambda push: push != live,
+                lambda node: prefix is None or not node.startswith(prefix),
+            )
+            for push_id in sorted(strays):
+                record = await self._load_lenient(push_id)
+                older = record.reference if record is not None else None
+                # The reference of the snapshot that stays must not begin to record again.
+                await removal.restore_reference(push_id, older if older != frozen else None)
+                await removal.remove_files(push_id, record=True)
+            if reference is not None and reference != live:
+                await removal.remove_files(reference, record=False)
+        return removal.removed
+
+    async def _known_pushes(self, qmp: QmpClient) -> set[str]:
+        inventory = await take_inventory(qmp)
+        found = {names.push_of_object(name) for name in (*inventory.jobs, *inventory.exports)}
+        for node in inventory.nodes.values():
+            found |= {names.push_of_bitmap(bitmap) for bitmap in node.bitmaps}
+        files = await trio.to_thread.run_sync(names.our_files, self._dir)
+        found |= {names.push_of_file(name) for name in files}
+        return {push for push in found if push is not None}
+
+    async def _load_lenient(self, push_id: str) -> SnapshotRecord | None:
+        """A stray's record; a damaged one says as little as none: the stray goes either way."""
+        try:
+            return await trio.to_thread.run_sync(SnapshotRecord.load, self._dir, push_id)
+        except SourceError:
+            return None
+
+    async def _clear_way(self, qmp: QmpClient, name: SnapshotName) -> Inventory:
+        """Remove what an earlier attempt of the same push left; refuse if another push's snapshot is alive."""
+        inventory = await take_inventory(qmp)
+        pushes = {names.push_of_object(o) for o in (*inventory.jobs, *inventory.exports)} - {None}
+        others = pushes - {name.push_id}
+        strange = [
+            node
+            for node in inventory.our_nodes
+            if not node.startswith(names.node_prefix(name.push_id))
+        ]
+        if others or strange:
+            what = ", ".join(sorted(f"push {push}" for push in others)) or "an earlier push"
+            raise SourceError(f"the snapshot of {what} is still there: abandon it or sweep")
+        await _abandon(Removal(qmp, self._dir, self._own_socket), name)
+        return await take_inventory(qmp)
+
+    async def _plan(
+        self, name: SnapshotName, disks: list[Disk]
+    ) -> tuple[SnapshotRecord, list[dict[str, Any]]]:
+        """The record of the snapshot to be, and the actions that remove bitmaps which are of no use any more."""
+        earlier: dict[str, int] = {}
+        if name.reference is not None:
+            record = await self._load_lenient(name.reference)
+            earlier = {disk.identity: disk.size for disk in record.disks} if record else {}
+        planned: list[DiskRecord] = []
+        useless: list[dict[str, Any]] = []
+        for disk in disks:
+            known = earlier.get(disk.identity)
+            lost = _why_lost(disk, name.reference, known)
+            node = disk.node
+            planned.append(DiskRecord(disk.identity, node.name, node.size, known or 0, lost))
+            if lost and name.reference and names.bitmap_name(name.reference) in node.bitmaps:
+                data = {"node": node.name, "name": names.bitmap_name(name.reference)}
+                useless.append({"type": "block-dirty-bitmap-remove", "data": data})
+        return SnapshotRecord(name.push_id, name.reference, 0, tuple(planned)), useless
+
+    async def _transact(self, qmp: QmpClient, record: SnapshotRecord, disks: list[Disk]) -> None:
+        """The instant."""
+        actions: list[dict[str, Any]] = []
+        for index, (disk, planned) in enumerate(zip(disks, record.disks, strict=True)):
+            bitmap: dict[str, Any] = {
+                "node": planned.node,
+                "name": names.bitmap_name(record.push_id),
+                "granularity": self._grain,
+            }
+            if disk.node.keeps_bitmaps:
+                bitmap["persistent"] = True
+            actions.append({"type": "block-dirty-bitmap-add", "data": bitmap})
+            actions.extend(
+                {"type": "block-dirty-bitmap-disable", "data": {"node": planned.node, "name": old}}
+                for old in _bitmaps(record, planned)
+            )
+            backup = {
+                "job-id": names.object_id(record.push_id, index),
+                "device": planned.node,
+                "target": names.node_name(record.push_id, index),
+                "sync": "none",
+            }
+            actions.append({"type": "blockdev-backup", "data": backup})
+        await qmp.execute("transaction", actions=actions)
+
+    async def _start_server(self, qmp: QmpClient) -> None:
+        if self._own_socket is None:
+            return
+        address = {"type": "unix", "data": {"path": str(self._own_socket)}}
+        try:
+            await qmp.execute("nbd-server-start", addr=address)
+        except QmpError as error:
+            if "already running" not in str(error):
+                raise
+            if not await answers(self._own_socket):
+                text = "QEMU runs an NBD server of its own: name its socket with qemu_nbd_socket"
+                raise SourceError(text) from error
+
+    async def _open(self, record: SnapshotRecord) -> QemuSnapshot:
+        """Connect to each disk's export."""
+        guard = _Guard(lambda: self._guard(record))
+        clients: list[NbdClient] = []
+        disks: list[SourceDisk] = []
+        try:
+            for index, disk in enumerate(record.disks):
+                bitmaps = _bitmaps(record, disk)
+                contexts = [BASE_ALLOCATION, *(DIRTY_BITMAP + bitmap for bitmap in bitmaps)]
+                export = names.object_id(record.push_id, index)
+                client = await NbdClient.connect(
+                    self._nbd_socket, export, contexts=contexts, depth=READ_DEPTH
+                )
+                clients.append(client)
+                if client.size != disk.size or BASE_ALLOCATION not in client.contexts:
+                    raise SourceError(f"disk {disk.identity} is exported with another size")
+                view = QemuDiskView(
+                    client,
+                    reference=record.reference,
+                    bitmap=bitmaps[0] if bitmaps else None,
+                    known_size=disk.reference_size,
+                    lost=disk.lost,
+                    guard=guard.run,
+                )
+                disks.append(SourceDisk(disk.identity, view))
+        except BaseException:
+            for client in clients:
+                await client.aclose()
+            raise
+        lost = "; ".join(disk.lost for disk in record.disks if disk.lost)
+        return QemuSnapshot(
+            taken_at_us=record.taken_at_us,
+            disks=disks,
+            lost_tracking=lost or None,
+            clients=clients,
+            check=lambda: self._check(record),
+        )
+
+    async def _check(self, record: SnapshotRecord) -> None:
+        """Raise SnapshotGoneError unless every job and export of the snapshot is alive and has room."""
+        await self._guard(record)
+        try:
+            async with open_qmp(self._qmp_socket) as qmp:
+                inventory = await take_inventory(qmp)
+        except QmpGoneError as error:
+            raise SnapshotGoneError(f"the snapshot ended with QEMU: {error}") from error
+        for index, disk in enumerate(record.disks):
+            name = names.object_id(record.push_id, index)
+            if inventory.jobs.get(name) not in ("running", "paused", "standby", "ready"):
+                raise SnapshotGoneError(f"QEMU has ended the snapshot of disk {disk.identity}")
+            if name not in inventory.exports:
+                raise SnapshotGoneError(f"the snapshot of disk {disk.identity} is not exported")
+
+    async def _guard(self, record: SnapshotRecord) -> None:
+        """End the snapshot if scratch space runs out: going on would fail writes of the guest."""
+        try:
+            await self._check_space(SnapshotGoneError)
+        except SnapshotGoneError:
+            async with self._removal() as removal:
+                await removal.end_snapshot(record.push_id)
+                await removal.remove_files(record.push_id, record=False)
+            raise
+
+    async def _check_space(self, error: type[SourceError]) -> None:
+        status = await trio.to_thread.run_sync(os.statvfs, self._dir)
+        free = status.f_bavail * status.f_frsize
+        if free < self._scratch_free_min:
+            need = f"{free} bytes free, {self._scratch_free_min} are needed"
+            raise error(f"no room for what the guest overwrites in {self._dir}: {need}")
+
+    @asynccontextmanager
+    async def _removal(self) -> AsyncIterator[Removal]:
+        async with open_qmp(self._qmp_socket) as qmp:
+            yield Removal(qmp, self._dir, self._own_socket)
+
+
+class _Guard:
+    """Runs a check before a read, but not more often than once in _GUARD_INTERVAL_S."""
+
+    def __init__(self, check: Callable[[], Awaitable[None]]) -> None:
+        self._check = check
+        self._next = trio.current_time() + _GUARD_INTERVAL_S
+        self._gone: str | None = None
+
+    async def run(self) -> None:
+        if self._gone is not None:
+            raise SnapshotGoneError(self._gone)
+        now = trio.current_time()
+        if now < self._next:
+            return
+        self._next = now + _GUARD_INTERVAL_S
+        try:
+            await self._check()
+        except SnapshotGoneError as error:
+            self._gone = str(error)
+            raise
+
+
+async def _abandon(removal: Removal, name: SnapshotName) -> None:
+    await removal.end_snapshot(name.push_id)
+    await removal.restore_reference(name.push_id, name.reference)
+    await removal.remove_files(name.push_id, record=True)
+
+
+def _bitmaps(record: SnapshotRecord, disk: DiskRecord) -> list[str]:
+    """The reference's bitmap on this disk, as a list of one; empty if it is of no use."""
+    if record.reference is None or disk.lost is not None:
+        return []
+    return [names.bitmap_name(record.reference)]
+
+
+def _why_lost(disk: Disk, reference: str | None, known_size: int | None) -> str | None:
+    """Why changes to a disk since the reference cannot be told; None if they can, or nobody asks."""
+    if reference is None:
+        return None
+    since = f"changes of disk {disk.identity} since push {reference}"
+    bitmap = disk.node.bitmaps.get(names.bitmap_name(reference))
+    if bitmap is None:
+        return f"{since} were not recorded"
+    if bitmap.inconsistent:
+        return f"{since}: QEMU was not shut down cleanly, the record is inconsistent"
+    if not bitmap.recording:
+        return f"{since}: the record was stopped before this snapshot"
+    if known_size is None:
+        return f"{since}: the record of the disk's size is missing"
+    if known_size > disk.node.size:
+        return f"{since}: the disk has shrunk"
+    return None
+
+
+async def _create_scratch(path: Path, size: int) -> None:
+    command = ["qemu-img", "create", "-q", "-f", "qcow2", str(path), str(size)]
+    durable.observe("create", str(path))
+    try:
+        done = await trio.run_process(
+            command, check=False, capture_stdout=True, capture_stderr=True, stdin=subprocess.DEVNULL
+        )
+    except FileNotFoundError:
+        text = "qemu-img is missing: install the package qemu-utils"
+        raise SourceError(text) from None
+    if done.returncode:
+        why = " ".join(done.stderr.decode(errors="replace").split())[:300]
+        raise SourceError(f"cannot make scratch image {path}: {why}")

@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""What our objects in a QEMU process and in a working directory are called: all begin with ``replctl-``.
+
+An id tells the push by itself, except a node's: QEMU allows node names 31 characters, so they carry a hash.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from replicator import durable
+from replicator.errors import SourceError
+
+PREFIX = "replctl-"
+_PUSH_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_FILE = re.compile(r"replctl-(?P<push>.+?)(?:-(?P<index>\d{1,4})\.(?:qcow2|raw)|\.json(?:\.new)?)")
+_RECORD_LENGTH_MAX = 1 << 20
+
+
+def check_push_id(push_id: str) -> str:
+    """``push_id`` itself; raises SourceError if it cannot be part of a file's and an object's name."""
+    if not _PUSH_ID.fullmatch(push_id):
+        raise SourceError(f"{push_id!r} cannot name a snapshot")
+    return push_id
+
+
+def bitmap_name(push_id: str) -> str:
+    """Name of the dirty bitmap that records changes since the push's snapshot, on each disk."""
+    return PREFIX + check_push_id(push_id)
+
+
+def object_id(push_id: str, index: int) -> str:
+    """Id of a disk's backup job and of its export, which is also the export's name."""
+    return f"{bitmap_name(push_id)}-{index}"
+
+
+def push_of_object(name: str) -> str | None:
+    """The push that a job or export was made for; None if it is not ours."""
+    if not name.startswith(PREFIX):
+        return None
+    push_id, _, index = name.removeprefix(PREFIX).rpartition("-")
+    return push_id if push_id and index.isdigit() else None
+
+
+def push_of_bitmap(name: str) -> str | None:
+    """The push that a bitmap was made for; None if it is not ours."""
+    return name.removeprefix(PREFIX) if name.startswith(PREFIX) else None
+
+
+def node_prefix(push_id: str) -> str:
+    """What the names of a push's scratch nodes begin with."""
+    return f"{PREFIX}{hashlib.sha256(check_push_id(push_id).encode()).hexdigest()[:12]}-"
+
+
+def node_name(push_id: str, index: int) -> str:
+    """Name of a disk's scratch node."""
+    return f"{node_prefix(push_id)}{index}"
+
+
+def scratch_path(working_dir: Path, push_id: str, index: int) -> Path:
+    """Where a disk's scratch image lies: what the guest overwrites goes there first."""
+    return working_dir / f"{object_id(push_id, index)}.qcow2"
+
+
+def clone_path(working_dir: Path, push_id: str, index: int) -> Path:
+    """Where the clone of a plain image lies."""
+    return working_dir / f"{object_id(push_id, index)}.raw"
+
+
+def record_path(working_dir: Path, push_id: str) -> Path:
+    """Where the record of a snapshot lies."""
+    return working_dir / f"{bitmap_name(push_id)}.json"
+
+
+def push_of_file(name: str) -> str | None:
+    """The push that a file in the working directory was made for; None if it is not ours."""
+    match = _FILE.fullmatch(name)
+    return match["push"] if match else None
+
+
+def is_record(name: str) -> bool:
+    """Whether a file of ours is a record, which lives as long as its bitmap, not only as the snapshot."""
+    return name.endswith(".json")
+
+
+def socket_key(qmp_socket: Path) -> str:
+    """A short name for the QEMU process behind a QMP socket."""
+    return hashlib.sha256(bytes(qmp_socket)).hexdigest()[:8]
+
+
+@dataclass(frozen=True, slots=True)
+class DiskRecord:
+    """One disk of a snapshot, sizes in bytes.
+
+    ``reference_size``: how long the disk was at the reference. ``lost``: why changes since then are not known.
+    """
+
+    identity: str
+    node: str
+    size: int
+    reference_size: int
+    lost: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotRecord:
+    """What must outlive the process that took a snapshot. ``taken_at_us`` 0: it was not taken yet."""
+
+    push_id: str
+    reference: str | None
+    taken_at_us: int
+    disks: tuple[DiskRecord, ...]
+
+    def taken(self, at_us: int) -> SnapshotRecord:
+        """The same, taken at ``at_us``."""
+        return replace(self, taken_at_us=at_us)
+
+    def save(self, working_dir: Path) -> None:
+        """Write the record durably. Blocking."""
+        durable.write_file(
+            record_path(working_dir, self.push_id), json.dumps(asdict(self)).encode()
+        )
+
+    @classmethod
+    def load(cls, working_dir: Path, push_id: str) -> SnapshotRecord | None:
+        """The record, or None if there is none; raises SourceError if it is damaged. Blocking."""
+        path = record_path(working_dir, push_id)
+        try:
+            with path.open("rb") as file:
+                data = file.read(_RECORD_LENGTH_MAX)
+        except FileNotFoundError:
+            return None
+        try:
+            return cls._decode(json.loads(data), push_id)
+        except (ValueError, KeyError, TypeError) as error:
+            raise SourceError(f"snapshot record {path} is damaged") from error
+
+    @classmethod
+    def _decode(cls, raw: Any, push_id: str) -> SnapshotRecord:
+        disks = tuple(
+            DiskRecord(
+                str(disk["identity"]),
+                str(disk["node"]),
+                int(disk["size"]),
+                int(disk["reference_size"]),
+                None if disk["lost"] is None else str(disk["lost"]),
+            )
+            for disk in raw["disks"]
+        )
+        reference = raw["reference"]
+        if raw["push_id"] != push_id or not (reference is None or isinstance(reference, str)):
+            raise ValueError("record of another push")
+        return cls(push_id, reference, int(raw["taken_at_us"]), disks)
+
+
+def our_files(working_dir: Path) -> list[str]:
+    """Names of the files in ``working_dir`` that are ours, sockets aside. Blocking."""
+    try:
+        return sorted(p.name for p in working_dir.iterdir() if push_of_file(p.name) is not None)
+    except FileNotFoundError:
+        return []
