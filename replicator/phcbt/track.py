@@ -71,7 +71,12 @@ def encode_end(fields: EndFields) -> bytes:
 
 def decode_end(record: bytes, position: int) -> EndFields:
     """Take an end record of 120 bytes apart; only its own check is verified. Raises PhcbtError."""
-    head = RecordHead.decode(record[:HEAD_SIZE], position)
+    try:
+        head = RecordHead.decode(record[:HEAD_SIZE], position)
+    except PhcbtError as error:
+        raise PhcbtError(
+            position, f"no end record where the stream ends: {error.reason}"
+        ) from error
     if head.kind is not Kind.END or end_fault(head) is not None:
         raise PhcbtError(position, "no end record where the stream ends")
     payload = record[HEAD_SIZE:]

@@ -274,10 +274,14 @@ def test_a_damaged_head_costs_one_block(
     damaged[block.position + at] ^= 0x02
     path = save(bytes(damaged))
     with StoredDelta(path) as delta:
-        with pytest.raises(PhcbtError) as caught:
-            delta.read(block.offset, 1)
-        assert caught.value.offset == block.position
-        assert str(path) in str(caught.value)
+        if isinstance(block, ZeroRecord):
+            # The index, which has a check of its own, is enough to say that these are zeros.
+            assert delta.read(block.offset, 5) == [(block.offset, 5)]
+        else:
+            with pytest.raises(PhcbtError) as caught:
+                delta.read(block.offset, 1)
+            assert caught.value.offset == block.position
+            assert str(path) in str(caught.value)
         for other in {(number - 1) % 2100, (number + 1) % 2100}:
             assert len(delta.read(blocks[other].offset, GRAIN)) == 1
         with pytest.raises(PhcbtError, match=str(path)):
@@ -420,11 +424,9 @@ def test_an_index_with_right_checks_that_lies_is_not_believed(save: Save) -> Non
     ):
         delta.read(0, 1)
 
-    with (
-        StoredDelta(save(rebuilt(header, records, right[:1])[0])) as delta,
-    ):
-        assert delta.index_damage is not None
-        assert len(delta.read(0, 2 * GRAIN)) == 2
+    # One entry too few: neither the index nor the blocks lead from the header to the end.
+    with pytest.raises(PhcbtError, match="do not lead to the end record"):
+        StoredDelta(save(rebuilt(header, records, right[:1])[0]))
 
 
 def test_a_medium_that_cannot_be_read_is_damage(
