@@ -7,7 +7,7 @@ A snapshot at the source, a recovery point on the receiver and a restored backup
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncGenerator, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -38,7 +38,7 @@ class DiskView(Protocol):
         """Size in bytes."""
         ...
 
-    def extents(self, since: str | None = None) -> AsyncIterator[Extent]:
+    def extents(self, since: str | None = None) -> AsyncGenerator[Extent, None]:
         """Ascending, disjoint extents inside the disk.
 
         Without ``since``: every range that may hold anything but zeros. With it: every range that

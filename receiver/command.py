@@ -1,0 +1,25 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""`replctl receiver`: found by the command line through the entry point group `replctl.commands`."""
+
+from __future__ import annotations
+
+import click
+import trio
+
+from replicator.cli.context import CliContext
+from replicator.config import load_keys
+from replicator.errors import UsageError
+from replicator.state_dir import open_state_dir
+from receiver.daemon import run_receiver
+
+
+@click.command()
+@click.pass_obj
+def receiver(context: CliContext) -> None:
+    """Take pushes, keep recovery points and answer `replctl` on this host, until stopped."""
+    config = context.config()
+    if config.is_source:
+        raise UsageError("dr_host: a receiver's configuration names no receiver; remove the key")
+    load_keys(config)  # before anything is touched
+    with open_state_dir(config.state_dir):
+        trio.run(run_receiver, config)

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""The receiver as a process: listens for pushes, keeps its VMs, answers control requests, until it is told to stop."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+from pathlib import Path
+
+import trio
+
+from replicator import __version__, durable
+from replicator.config import Config, load_keys
+from replicator.errors import StateError
+from replicator.log import EventLog, open_log
+from replicator.nursery import flat_nursery
+from replicator.wire.keys import Keyring
+from receiver.failover.clone import CloneManager
+from receiver.service.control import ControlApi
+from receiver.service.http import serve_http
+from receiver.service.sessions import PushServer
+from receiver.status.notify import Notifier
+from receiver.store.stores import Stores
+
+_logger = logging.getLogger(__name__)
+
+#: How often systemd's status line is renewed, seconds.
+_STATUS_S = 10
+
+
+async def run_receiver(
+    config: Config, *, task_status: trio.TaskStatus[int] = trio.TASK_STATUS_IGNORED
+) -> None:
+    """Serve until cancelled or told to stop by SIGTERM or SIGINT. The caller has locked the state directory.
+
+    Reports started with the port that it listens on. Raises UsageError, StateError, PersistenceError, OSError.
+    """
+    keyring = load_keys(config)
+    notifier = Notifier()
+    await trio.to_thread.run_sync(_make_dirs, config)
+    async with open_log(config.state_dir / "events") as log, flat_nursery() as nursery:
+        stores = Stores(config, log, nursery)
+        await stores.start()
+        clones = CloneManager(config, log, stores, nursery)
+        await clones.recover()
+        control = ControlApi(log, stores, clones, config.state_dir / "run")
+        await nursery.start(serve_http, config.control_path, control.handle)
+        port = await _listen(config, stores, keyring, nursery)
+        _logger.info(
+            "replicator backend up (v%s) phase=receiver mode=receiver vm=%s", __version__, config.vm
+        )
+        notifier.send("READY=1", f"STATUS=listening on port {port}")
+        nursery.start_soon(notifier.watch)
+        nursery.start_soon(_tell_status, notifier, log)
+        nursery.start_soon(_stop_on_signal, nursery.cancel_scope, notifier)
+        task_status.started(port)
+
+
+async def _listen(config: Config, stores: Stores, keyring: Keyring, nursery: trio.Nursery) -> int:
+    server = PushServer(stores, keyring)
+    try:
+        listeners = await trio.open_tcp_listeners(config.dr_port, host=config.dr_listen or None)
+    except OSError as error:
+        where = f"{config.dr_listen or 'all addresses'}:{config.dr_port}"
+        raise StateError(f"cannot listen on {where}: {error.strerror or error}") from error
+    nursery.start_soon(trio.serve_listeners, server.serve, listeners)
+    return int(listeners[0].socket.getsockname()[1])
+
+
+async def _tell_status(notifier: Notifier, log: EventLog) -> None:
+    while True:
+        points = sum(len(vm.points) for vm in log.vms)
+        notifier.send(f"STATUS={len(log.vms)} VMs, {points} recovery points")
+        await trio.sleep(_STATUS_S)
+
+
+async def _stop_on_signal(scope: trio.CancelScope, notifier: Notifier) -> None:
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        async for number in signals:
+            _logger.info("stopping on %s", signal.Signals(number).name)
+            notifier.send("STOPPING=1")
+            scope.cancel()
+            return
+
+
+def _make_dirs(config: Config) -> None:
+    for folder in (config.work_path, config.state_dir / "run"):
+        _make_dir(folder)
+
+
+def _make_dir(folder: Path) -> None:
+    try:
+        durable.make_dir(folder)
+    except OSError as error:
+        raise StateError(f"{folder}: {os.strerror(error.errno or 0)}") from error

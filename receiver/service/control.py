@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""The control API that `replctl` uses on the receiver's host (docs/json.md): what it answers, route by route."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, unquote, urlsplit
+from uuid import UUID
+
+import msgspec
+import trio
+
+from replicator.domain.views import event_info, point_info, vm_status
+from replicator.errors import UsageError
+from replicator.log import EventLog
+from replicator.nursery import flat_nursery
+from receiver.export.point_export import export_disk
+from receiver.failover.clone import CloneManager
+from receiver.service.http import Answer, NotFoundError
+from receiver.store.stores import Stores
+from receiver.store.verify import verify_point
+from receiver.store.vm_store import VmStore
+
+_HISTORY_MAX = 10_000
+_PROGRESS_S = 0.2
+
+Lines = AsyncGenerator[dict[str, Any], None]
+
+
+class ControlApi:
+    """Answers control requests. Every method may raise an error of the tree, which the client gets in one line."""
+
+    def __init__(
+        self, log: EventLog, stores: Stores, clones: CloneManager, run_dir: Path
+    ) -> None:
+        self._log = log
+        self._stores = stores
+        self._clones = clones
+        self._run_dir = run_dir
+        self._posts: dict[tuple[str, ...], Callable[[VmStore, dict[str, Any]], Lines]] = {
+            ("verify",): self._verify,
+            ("export",): self._export,
+            ("failover", "test"): self._test,
+            ("failover", "undo"): self._undo,
+        }
+
+    async def handle(self, method: str, target: str, body: dict[str, Any]) -> Answer:
+        """One request; see docs/json.md for the routes."""
+        url = urlsplit(target)
+        match [unquote(part) for part in url.path.split("/")[1:]]:
+            case ["v1", "status"] if method == "GET":
+                return self._status()
+            case ["v1", "vms", name, "points"] if method == "GET":
+                return self._points(self._stores.find(name))
+            case ["v1", "vms", name, "history"] if method == "GET":
+                return await self._history(self._stores.find(name), url.query)
+            case ["v1", "vms", name, *action] if method == "POST" and tuple(action) in self._posts:
+                return self._posts[tuple(action)](self._stores.find(name), body)
+        raise NotFoundError(f"no such request: {method} {url.path}")
+
+    def _status(self) -> dict[str, Any]:
+        now_us = time.time_ns() // 1000
+        return {
+            "vms": [
+                vm_status(store.vm, now_us, [store.trouble] if store.trouble else [])
+                for store in self._stores.all
+            ]
+        }
+
+    def _points(self, store: VmStore) -> dict[str, Any]:
+        vm = store.vm
+        return {
+            "points": [
+                point_info(vm, vm.points[number], held=store.is_held(number))
+                for number in sorted(vm.points)
+            ]
+        }
+
+    async def _history(self, store: VmStore, query: str) -> dict[str, Any]:
+        values = parse_qs(query)
+        after = _number(values.get("after", ["0"])[0], "after")
+        limit = min(_number(values.get("limit", ["1000"])[0], "limit"), _HISTORY_MAX)
+        events = await self._log.history(UUID(store.vm.vm), after=after, limit=limit)
+        return {"events": [event_info(event) for event in events]}
+
+    async def _verify(self, store: VmStore, body: dict[str, Any]) -> Lines:
+        point = _point(body)
+        progress: dict[str, int] = {"done": 0, "total": 0}
+        outcome: dict[str, Any] = {}
+
+        async def run() -> None:
+            result = await verify_point(store, point, note)
+            outcome.update(
+                point=result.point,
+                good=result.good,
+                bytes_read=result.bytes_read,
+                damages=[msgspec.structs.asdict(damage) for damage in result.damages],
+                map_faults=result.map_faults,
+            )
+
+        def note(done: int, total: int) -> None:
+            progress.update(done=done, total=total)
+
+        async for line in _while_running(run, lambda: {"progress": dict(progress)}):
+            yield line
+        yield {"result": outcome}
+
+    async def _export(self, store: VmStore, body: dict[str, Any]) -> Lines:
+        disk = body.get("disk")
+        if not isinstance(disk, str):
+            raise UsageError("disk: name one, such as disk-0")
+        async with export_disk(store, _point(body), disk, self._run_dir) as export:
+            yield {"export": export}
+            await trio.sleep_forever()  # until the client goes away
+
+    async def _test(self, store: VmStore, body: dict[str, Any]) -> Lines:
+        point = _point(body)
+        return_value: dict[str, Any] = {}
+
+        async def run(step: Callable[[str], None]) -> None:
+            return_value.update(await self._clones.start_test(store, point, step))
+
+        async for line in _steps(run):
+            yield line
+        yield {"result": return_value}
+
+    async def _undo(self, store: VmStore, _body: dict[str, Any]) -> Lines:
+        return_value: dict[str, Any] = {}
+
+        async def run(step: Callable[[str], None]) -> None:
+            return_value.update(await self._clones.undo_test(store, step))
+
+        async for line in _steps(run):
+            yield line
+        yield {"result": return_value}
+
+
+async def _while_running(
+    work: Callable[[], Awaitable[None]], line: Callable[[], dict[str, Any]]
+) -> Lines:
+    """A line now and then while ``work`` runs; what it raises comes out here."""
+    done = trio.Event()
+
+    async def run() -> None:
+        await work()
+        done.set()
+
+    async with flat_nursery() as nursery:
+        nursery.start_soon(run)
+        while not done.is_set():
+            with trio.move_on_after(_PROGRESS_S):
+                await done.wait()
+            yield line()
+
+
+async def _steps(work: Callable[[Callable[[str], None]], Awaitable[None]]) -> Lines:
+    """What ``work`` says that it does, as lines, while it runs.
+
+    A failover step is not broken off because its client went away: the work is shielded, and bounded by its own limits.
+    """
+    send, receive = trio.open_memory_channel[str](100)
+
+    def step(text: str) -> None:
+        try:
+            send.send_nowait(text)
+        except (trio.WouldBlock, trio.BrokenResourceError):
+            return  # nobody reads along: the log has it
+
+    async def run() -> None:
+        with trio.CancelScope(shield=True), send:
+            await work(step)
+
+    async with flat_nursery() as nursery:
+        nursery.start_soon(run)
+        async for text in receive:
+            yield {"step": text}
+
+
+def _number(text: str, what: str) -> int:
+    if not text.isdigit() or len(text) > 15:
+        raise UsageError(f"{what}: expected a number")
+    return int(text)
+
+
+def _point(body: dict[str, Any]) -> int | None:
+    point = body.get("point")
+    if point is None:
+        return None
+    if not isinstance(point, int) or isinstance(point, bool) or point < 1:
+        raise UsageError("point: expected the number of a recovery point")
+    return point
+
+

@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""A small HTTP/1.1 server on a Unix socket (h11): JSON in, JSON or a stream of JSON lines out.
+
+It knows routes only as a callable; errors of the tree become status codes with the command's exit code inside.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import stat
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
+from pathlib import Path
+from typing import Any
+
+import h11
+import trio
+from eventsourcing.persistence import PersistenceError
+
+from replicator.errors import RefusedError, ReplicatorError, StateError, UsageError
+from replicator.nursery import flat_nursery
+
+_logger = logging.getLogger(__name__)
+
+_BODY_MAX = 64 << 10
+_REQUEST_S = 30
+_CONNECTIONS_MAX = 64
+
+#: One line of an answer; a handler gives either one object or a stream of them.
+Answer = dict[str, Any] | AsyncGenerator[dict[str, Any], None]
+Handler = Callable[[str, str, dict[str, Any]], Awaitable[Answer]]
+
+
+class NotFoundError(ReplicatorError):
+    """No such route."""
+
+    exit_code = 2
+
+
+async def serve_http(
+    path: Path,
+    handler: Handler,
+    *,
+    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Serve until cancelled. ``handler(method, target, body)``; a stream is closed when its client goes away.
+
+    Raises StateError if the socket cannot be made.
+    """
+    listener = await _listen(path)
+    places = trio.CapacityLimiter(_CONNECTIONS_MAX)
+
+    async def connection(stream: trio.SocketStream) -> None:
+        async with places, stream:
+            try:
+                await _Connection(stream, handler).run()
+            except (OSError, trio.BrokenResourceError, trio.ClosedResourceError, h11.ProtocolError) as error:
+                _logger.debug("control client: %s", error)
+            except trio.TooSlowError:
+                _logger.debug("control client sent no request in time")
+
+    try:
+        async with trio.open_nursery() as nursery:
+            await nursery.start(trio.serve_listeners, connection, [listener])
+            task_status.started()
+    finally:
+        path.unlink(missing_ok=True)
+
+
+async def _listen(path: Path) -> trio.SocketListener:
+    """The socket, for its owner only. The caller holds the state directory's lock: an old one is stale."""
+    if len(os.fsencode(path)) > 107:
+        raise UsageError(f"control_socket: {path} is longer than a socket's name may be (107 bytes)")
+    try:
+        if path.exists() and stat.S_ISSOCK(path.stat().st_mode):
+            path.unlink()
+        sock = trio.socket.socket(trio.socket.AF_UNIX, trio.socket.SOCK_STREAM)
+        before = os.umask(0o177)
+        try:
+            await sock.bind(str(path))
+        finally:
+            os.umask(before)
+        sock.listen(_CONNECTIONS_MAX)
+    except OSError as error:
+        raise StateError(f"control socket {path}: {error.strerror or errno.errorcode[error.errno or 0]}") from error
+    return trio.SocketListener(sock)
+
+
+class _Connection:
+    """One request; the connection is closed after its answer."""
+
+    def __init__(self, stream: trio.SocketStream, handler: Handler) -> None:
+        self._stream = stream
+        self._handler = handler
+        self._http = h11.Connection(h11.SERVER)
+
+    async def run(self) -> None:
+        with trio.fail_after(_REQUEST_S):
+            method, target, raw = await self._request()
+        try:
+            try:
+                body = json.loads(raw) if raw else {}
+            except ValueError:
+                raise UsageError("the request is not JSON") from None
+            if not isinstance(body, dict):
+                raise UsageError("the request is not a JSON object")
+            answer = await self._handler(method, target, body)
+        except Exception as error:  # noqa: BLE001 - every failure is answered; see _error
+            status, said = _error(error)
+            await self._send_whole(status, said)
+            return
+        if isinstance(answer, dict):
+            await self._send_whole(200, answer)
+        else:
+            await self._send_stream(answer)
+
+    async def _request(self) -> tuple[str, str, bytes]:
+        method = target = ""
+        body = bytearray()
+        while True:
+            event = self._http.next_event()
+            if event is h11.NEED_DATA:
+                self._http.receive_data(await self._stream.receive_some(_BODY_MAX))
+            elif isinstance(event, h11.Request):
+                method, target = event.method.decode(), event.target.decode()
+            elif isinstance(event, h11.Data):
+                body += event.data
+                if len(body) > _BODY_MAX:
+                    raise h11.RemoteProtocolError("request too large")
+            elif isinstance(event, h11.EndOfMessage):
+                return method, target, bytes(body)
+            else:
+                raise h11.RemoteProtocolError("no request")
+
+    async def _send_whole(self, status: int, body: dict[str, Any]) -> None:
+        data = json.dumps(body).encode()
+        headers = [
+            ("Content-Type", "application/json"),
+            ("Content-Length", str(len(data))),
+            ("Connection", "close"),
+        ]
+        head = self._http.send(h11.Response(status_code=status, headers=headers))
+        sent = self._http.send(h11.Data(data=data))
+        end = self._http.send(h11.EndOfMessage())
+        await self._stream.send_all((head or b"") + (sent or b"") + (end or b""))
+
+    async def _send_stream(self, answer: AsyncGenerator[dict[str, Any], None]) -> None:
+        headers = [
+            ("Content-Type", "application/x-ndjson"),
+            ("Transfer-Encoding", "chunked"),
+            ("Connection", "close"),
+        ]
+        await self._send(h11.Response(status_code=200, headers=headers))
+        async with flat_nursery() as nursery:
+            nursery.start_soon(self._watch_client, nursery.cancel_scope)
+            async with aclosing(answer):
+                try:
+                    async for line in answer:
+                        await self._send_line(line)
+                except (trio.BrokenResourceError, trio.ClosedResourceError):
+                    raise
+                except Exception as error:  # noqa: BLE001 - every failure is answered; see _error
+                    _, said = _error(error)
+                    await self._send_line(said)
+            await self._send(h11.EndOfMessage())
+            nursery.cancel_scope.cancel()
+
+    async def _watch_client(self, scope: trio.CancelScope) -> None:
+        """End the stream when the client goes away: what it asked for is not wanted any more."""
+        while await self._stream.receive_some(4096):
+            pass
+        scope.cancel()
+
+    async def _send_line(self, line: dict[str, Any]) -> None:
+        await self._send(h11.Data(data=json.dumps(line).encode() + b"\n"))
+
+    async def _send(self, event: h11.Response | h11.Data | h11.EndOfMessage) -> None:
+        data = self._http.send(event)
+        if data:
+            await self._stream.send_all(data)
+
+
+def _error(error: Exception) -> tuple[int, dict[str, Any]]:
+    """Status and body for a failure. What is not of our making is logged with where it came from."""
+    if isinstance(error, NotFoundError):
+        status, code = 404, error.exit_code
+    elif isinstance(error, UsageError):
+        status, code = 400, error.exit_code
+    elif isinstance(error, RefusedError):
+        status, code = 409, error.exit_code
+    elif isinstance(error, ReplicatorError | OSError | PersistenceError):
+        status, code = 500, 1
+        _logger.error("control request failed: %s", error)
+    else:
+        status, code = 500, 1
+        _logger.error("control request failed", exc_info=error)
+    return status, {"error": str(error) or type(error).__name__, "exit_code": code}

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""All VMs of a receiver."""
+
+from __future__ import annotations
+
+import fnmatch
+import logging
+from pathlib import Path
+from uuid import UUID
+
+import trio
+
+from receiver.store.vm_store import PushRefusedHereError, Retention, VmStore
+from replicator import durable
+from replicator.config import Config
+from replicator.domain.model import PushKind
+from replicator.domain.vm import ProtectedVm
+from replicator.log import EventLog
+from replicator.wire.messages import Open
+
+_logger = logging.getLogger(__name__)
+
+
+class Stores:
+    """The stores of all known VMs, each with its task in ``nursery``."""
+
+    def __init__(self, config: Config, log: EventLog, nursery: trio.Nursery) -> None:
+        self._config = config
+        self._log = log
+        self._nursery = nursery
+        self._stores: dict[UUID, VmStore] = {}
+        self._adding = trio.Lock()
+
+    async def start(self) -> None:
+        """Recover every VM that the log knows, and sweep folders of VMs that it does not."""
+        root = self._config.state_dir / "vms"
+        await trio.to_thread.run_sync(durable.make_dir, root)
+        for vm in self._log.vms:
+            await self._add(UUID(vm.vm))
+        known = {vm.vm for vm in self._log.vms}
+        for folder in await trio.to_thread.run_sync(_folders, root):
+            if folder.name not in known:
+                _logger.warning("%s belongs to no VM of the log; it is left alone", folder)
+
+    async def _add(self, vm: UUID) -> VmStore:
+        retention = Retention(self._config.dr_restore_points, self._config.push_apply_remote)
+        store = VmStore(self._config.state_dir, self._log, vm, retention)
+        for path in await store.recover():
+            _logger.warning("%s: removed %s, left by an earlier run", store.vm.name, path.name)
+        self._stores[vm] = store
+        store.wake()
+        self._nursery.start_soon(store.run)
+        return store
+
+    @property
+    def all(self) -> list[VmStore]:
+        """Every store, in the order of names."""
+        return [self._stores[UUID(vm.vm)] for vm in self._log.vms if UUID(vm.vm) in self._stores]
+
+    def get(self, vm: UUID) -> VmStore | None:
+        """The store of a VM, if it is known."""
+        return self._stores.get(vm)
+
+    def find(self, name: str) -> VmStore:
+        """The store of the VM of that name or UUID. Raises RefusedError."""
+        return self._stores[UUID(self._log.find(name).vm)]
+
+    def check_selected(self, vm: str, name: str) -> None:
+        """Raise PushRefusedHereError for a VM that the configuration does not select."""
+        if not _matches(self._config.vm, vm, name) or _matches(self._config.exclude, vm, name):
+            raise PushRefusedHereError("unknown-vm", f"VM {name} is not one that this receiver takes")
+
+    async def for_push(self, vm: UUID, opened: Open) -> VmStore:
+        """The store that a push goes to; a seed makes it known. Raises PushRefusedHereError for an unknown VM."""
+        self.check_selected(opened.vm, opened.name)
+        async with self._adding:
+            store = self._stores.get(vm)
+            if store is not None:
+                return store
+            if opened.kind is not PushKind.SEED:
+                raise PushRefusedHereError("unknown-vm", f"VM {opened.name} has no seed here")
+            self._check_name(opened.name)
+            await self._log.register(vm, opened.name, "receiver")
+            return await self._add(vm)
+
+    def _check_name(self, name: str) -> None:
+        for vm in self._log.vms:
+            if vm.name == name:
+                raise PushRefusedHereError(
+                    "unknown-vm", f"another VM ({vm.vm}) is called {name} here already"
+                )
+
+
+def _matches(patterns: str, vm: str, name: str) -> bool:
+    return any(
+        fnmatch.fnmatchcase(name, pattern) or pattern == vm
+        for pattern in (part.strip() for part in patterns.split(","))
+        if pattern
+    )
+
+
+def _folders(root: Path) -> list[Path]:
+    return sorted(path for path in root.iterdir() if path.is_dir())
+
+
+__all__ = ["ProtectedVm", "Stores"]

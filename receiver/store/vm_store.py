@@ -1,0 +1,467 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""One VM on the receiver: lands pushes, commits points, applies them to the replica, keeps and lets go of points, opens views.
+
+The order of steps is the architecture page's: data durable, then the event, then what follows from the event. Every
+step that a crash may cut is repeated or swept by ``recover``.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from uuid import UUID
+
+import trio
+from eventsourcing.persistence import PersistenceError
+
+from receiver.store import apply, recovery
+from receiver.store.landing import Expected, Landing, remove_folder
+from receiver.store.layout import VmPaths, stem
+from receiver.store.view import Gate, PointView, Replica
+from replicator import durable
+from replicator.domain.model import Damage, Point, PointDisk, PushKind
+from replicator.domain.vm import ProtectedVm
+from replicator.errors import DamageError, PhcbtError, RefusedError, ReplicatorError
+from replicator.imagemap import ImageMap, RootBuilder, vm_root
+from replicator.log import EventLog
+from replicator.phcbt.read import StoredDelta
+from replicator.wire.messages import Finish, Open, PointRef
+
+_logger = logging.getLogger(__name__)
+#: Pause before an apply that failed is tried again, unless something happens earlier. Seconds.
+RETRY_S = 30
+
+
+@dataclass(frozen=True, slots=True)
+class Retention:
+    """``dr_restore_points`` and ``push_apply_remote``."""
+
+    keep: int
+    apply: bool
+
+
+@dataclass(slots=True)
+class _OpenView:
+    view: PointView
+    point: int
+    chain: str
+    deepest: int
+
+
+class PushRefusedHereError(RefusedError):
+    """A push that may not be; ``code`` is the protocol's."""
+
+    def __init__(self, code: str, reason: str) -> None:
+        super().__init__(reason)
+        self.code = code
+        self.reason = reason
+
+
+class VmStore:
+    """The points of one VM. ``recover`` first, then ``run`` in a nursery for as long as it is used."""
+
+    def __init__(self, state_dir: Path, log: EventLog, vm: UUID, retention: Retention) -> None:
+        self.uuid = vm
+        self.paths = VmPaths.of(state_dir, vm)
+        self._log = log
+        self._retention = retention
+        self._gate = Gate()
+        self._stacks = trio.Lock()  # building a stack, or adding to open ones
+        self._files = trio.Lock()  # a commit, or a sweep
+        self._views: list[_OpenView] = []
+        self._held: Counter[int] = Counter()
+        self._wake = trio.Event()
+        #: Why deltas are not being applied, or None.
+        self.trouble: str | None = None
+        self.settled = trio.Event()  # set while there is nothing left to apply or let go of
+
+    @property
+    def vm(self) -> ProtectedVm:
+        """The VM as the log says."""
+        found = self._log.get(self.uuid)
+        assert found is not None
+        return found
+
+    @property
+    def _journal_key(self) -> str:
+        return f"push/{self.uuid}"
+
+    # Start
+
+    async def recover(self) -> list[Path]:
+        """Make the folder agree with the log; returns what was swept. Damage becomes events."""
+        for folder in self.paths.folders:
+            await trio.to_thread.run_sync(durable.make_dir, folder)
+        landing = await self._settle_push()
+        removed = await trio.to_thread.run_sync(recovery.sweep, self.vm, self.paths, landing)
+        damages = await trio.to_thread.run_sync(recovery.missing_files, self.vm, self.paths)
+        damages += await trio.to_thread.run_sync(recovery.mend_head, self.vm, self.paths)
+        await self.report_damage(damages)
+        return removed
+
+    async def _settle_push(self) -> int | None:
+        """The point of a journalled push that is still to be finished, if there is one."""
+        entry = await self._log.journal_get(self._journal_key)
+        if entry is None:
+            return None
+        if await trio.to_thread.run_sync(
+            recovery.settle_landing, self.vm, self.paths, entry["push_id"], entry["point"]
+        ):
+            return int(entry["point"])
+        await self._log.journal_delete(self._journal_key)
+        return None
+
+    def changing(self) -> AbstractAsyncContextManager[ProtectedVm]:
+        """The VM alone, to trigger events on; see EventLog.change."""
+        return self._log.change(self.uuid)
+
+    async def report_damage(self, damages: list[Damage]) -> None:
+        """Make each damage an event, once."""
+        if damages:
+            async with self._log.change(self.uuid) as vm:
+                for damage in damages:
+                    vm.damaged(damage)
+
+    # Pushes
+
+    def newest(self) -> PointRef | None:
+        """The newest point, as the protocol names it."""
+        point = self.vm.newest
+        return PointRef(point.number, point.root, point.push_id) if point else None
+
+    async def unfinished(self) -> str | None:
+        """The push that could be gone on with."""
+        entry = await self._log.journal_get(self._journal_key)
+        return None if entry is None else str(entry["push_id"])
+
+    async def open_push(self, opened: Open) -> Landing:
+        """Begin or go on with a push. Raises PushRefusedHereError, WireError, PhcbtError; nothing has changed then."""
+        await self.report_damage(
+            await trio.to_thread.run_sync(recovery.mend_head, self.vm, self.paths)
+        )
+        expected = self._check_push(opened)
+        entry = await self._log.journal_get(self._journal_key)
+        if entry is not None and entry["push_id"] != opened.push_id:
+            await self.drop_push()
+            entry = None
+        watermarks = [0] * len(opened.disks)
+        if entry is not None and len(entry["durable"]) == len(watermarks):
+            watermarks = list(entry["durable"])
+        else:
+            await self._journal(opened, watermarks)
+        folder = self.paths.partial(opened.point)
+        return await trio.to_thread.run_sync(Landing, folder, opened, expected, watermarks)
+
+    async def _journal(self, opened: Open, watermarks: list[int]) -> None:
+        await self._log.journal_put(
+            self._journal_key,
+            {"push_id": opened.push_id, "point": opened.point, "durable": watermarks},
+        )
+
+    async def sync(self, landing: Landing) -> list[int]:
+        """Make what has landed durable and journal it; then these positions may be acknowledged."""
+        positions = await trio.to_thread.run_sync(landing.sync)
+        await self._journal(landing.opened, positions)
+        return positions
+
+    def _check_push(self, opened: Open) -> list[Expected]:
+        vm, newest = self.vm, self.vm.newest
+        if opened.epoch < vm.epoch:
+            raise PushRefusedHereError(
+                "stale-epoch",
+                f"the VM is in epoch {vm.epoch} here, the push is of epoch {opened.epoch}:"
+                " the source was fenced by a failover",
+            )
+        try:
+            vm.check_commit(opened.kind, opened.epoch)
+        except RefusedError as error:
+            raise PushRefusedHereError("state", str(error)) from None
+        number = newest.number if newest else 0
+        root = newest.root if newest else None
+        parent_fits = opened.kind is PushKind.SEED or opened.parent_root == root
+        if opened.parent != number or opened.point != number + 1 or not parent_fits:
+            raise PushRefusedHereError(
+                "wrong-parent",
+                f"the newest point here is {number}, the push makes {opened.point} on {opened.parent}"
+                + ("" if parent_fits else " with another content"),
+            )
+        return [self._expect(opened, index) for index in range(len(opened.disks))]
+
+    def _expect(self, opened: Open, index: int) -> Expected:
+        disk = opened.disks[index]
+        if any(disk.disk == other.disk for other in opened.disks[:index]):
+            raise PushRefusedHereError("bad-request", f"{disk.disk} stands twice in the push")
+        if disk.since == opened.point:
+            return Expected(opened, disk, bytes(32), None, None)
+        old = self.vm.newest.disk(disk.disk) if self.vm.newest else None
+        if opened.kind is PushKind.SEED or old is None or old.since != disk.since:
+            raise PushRefusedHereError("wrong-parent", f"{disk.disk}: its chain is not the one here")
+        if disk.size < old.size:
+            raise PushRefusedHereError(
+                "shrink",
+                f"{disk.disk} shrank from {old.size} to {disk.size} bytes: seed the VM again",
+            )
+        head = ImageMap.open(self.paths.head_map(old))
+        grain, algorithm = head.grain, int(head.algorithm)
+        head.close()
+        return Expected(opened, disk, old.root, grain, algorithm)
+
+    async def drop_push(self) -> None:
+        """Forget an unfinished push: its journal entry first, then its files."""
+        entry = await self._log.journal_get(self._journal_key)
+        if entry is None:
+            return
+        await self._log.journal_delete(self._journal_key)
+        await trio.to_thread.run_sync(remove_folder, self.paths.partial(int(entry["point"])))
+
+    async def commit(self, landing: Landing, finish: Finish, now_us: int) -> Point:
+        """Make a landed push a recovery point. Raises PushRefusedHereError if it is not what the source says it is."""
+        opened = landing.opened
+        await trio.to_thread.run_sync(landing.finish)
+        if len(finish.disks) != len(opened.disks):
+            raise PushRefusedHereError("bad-request", "the push ends with another number of disks")
+        for landed, final in zip(landing.disks, finish.disks, strict=True):
+            if await trio.to_thread.run_sync(landed.stream_root) != final.stream_root:
+                raise PushRefusedHereError("root-mismatch", f"{landed.path.name}: another stream was sent")
+        disks = await trio.to_thread.run_sync(self._new_disks, landing)
+        for disk, final in zip(disks, finish.disks, strict=True):
+            if disk.root != final.root:
+                raise PushRefusedHereError(
+                    "root-mismatch", f"{disk.disk}: the two sides would have different content"
+                )
+        root = vm_root([(disk.disk, disk.size, disk.root) for disk in disks])
+        if root != finish.root:
+            raise PushRefusedHereError("root-mismatch", "the two sides would have different disks")
+        point = Point(
+            number=opened.point,
+            parent=opened.parent,
+            push_id=opened.push_id,
+            kind=opened.kind,
+            epoch=opened.epoch,
+            taken_at_us=opened.taken_at_us,
+            committed_at_us=now_us,
+            duration_us=finish.duration_us,
+            bytes_pushed=sum(disk.received for disk in landing.disks),
+            root=root,
+            disks=tuple(disks),
+        )
+        with trio.CancelScope(
+            shield=True
+        ):  # bounded: local disk only; a half commit is never left to chance
+            await self._commit(landing, point)
+        return point
+
+    async def _commit(self, landing: Landing, point: Point) -> None:
+        landing.close()
+        async with self._files:
+            folder, final = landing.folder, self.paths.point(point.number)
+            await trio.to_thread.run_sync(remove_folder, final)
+            await trio.to_thread.run_sync(durable.rename, folder, final)
+            try:
+                async with self._log.change(self.uuid) as vm:
+                    vm.commit(point)
+            except BaseException:
+                await trio.to_thread.run_sync(durable.rename, final, folder)
+                raise
+            damages = await trio.to_thread.run_sync(recovery.mend_head, self.vm, self.paths)
+            await self._log.journal_delete(self._journal_key)
+        await self.report_damage(damages)
+        self.wake()
+
+    def _new_disks(self, landing: Landing) -> list[PointDisk]:
+        """What each disk would be: its root out of the head map and the delta, nothing written. Blocks."""
+        result: list[PointDisk] = []
+        for disk, landed in zip(landing.opened.disks, landing.disks, strict=True):
+            delta = StoredDelta(landed.path)
+            try:
+                if disk.since == landing.opened.point:
+                    header = delta.header
+                    builder = RootBuilder(header.algorithm, header.grain, disk.size)
+                    for run in delta.runs():
+                        builder.add(run.first, run.digests, run.count)
+                    root = builder.root()
+                else:
+                    shell = PointDisk(disk.disk, disk.identity, disk.size, b"", disk.since)
+                    head = ImageMap.open(self.paths.head_map(shell))
+                    try:
+                        root = head.preview(delta.runs(), disk.size)
+                    finally:
+                        head.close()
+            finally:
+                delta.close()
+            result.append(PointDisk(disk.disk, disk.identity, disk.size, root, disk.since))
+        return result
+
+    # After the commit
+
+    def wake(self) -> None:
+        """There may be something to apply or to let go of."""
+        self.settled = trio.Event()
+        self._wake.set()
+
+    async def run(self) -> None:
+        """Apply deltas and let go of points, until cancelled.
+
+        What fails (a full disk, damage) is kept in ``trouble`` for status and tried again; points stay readable.
+        """
+        while True:
+            self._wake = trio.Event()
+            try:
+                while await self._step():
+                    pass
+            except (OSError, ReplicatorError, PersistenceError) as error:
+                self.trouble = f"applying deltas has stopped: {error}"
+                _logger.error("%s: %s", self.vm.name, self.trouble)
+                with trio.move_on_after(RETRY_S):
+                    await self._wake.wait()
+                continue
+            self.trouble = None
+            if not self._wake.is_set():
+                self.settled.set()
+            await self._wake.wait()
+
+    async def _step(self) -> bool:
+        """One apply or one release; False if there is nothing to do."""
+        vm = self.vm
+        if not vm.points:
+            return False
+        oldest = min(vm.points)
+        target = max(vm.points) if self._retention.apply else oldest
+        if vm.applied < target:
+            number = min(number for number in vm.points if number > vm.applied)
+            try:
+                await self._apply(number)
+            except (DamageError, PhcbtError) as error:
+                await self._give_up_chain(number, error)
+            return True
+        return await self._release()
+
+    async def _release(self) -> bool:
+        vm = self.vm
+        numbers = sorted(vm.points)
+        surplus = numbers[: max(0, len(numbers) - self._retention.keep)]
+        gone: list[int] = []
+        for number in surplus:
+            # The oldest may go once the replica needs nothing below it; a held point keeps what comes after it.
+            if self._held[number] or number > vm.applied or (vm.test and vm.test.point == number):
+                break
+            gone.append(number)
+        if not gone:
+            return False
+        async with self._log.change(self.uuid) as changing:
+            changing.release(gone)
+        await self._sweep()
+        return True
+
+    async def _sweep(self) -> None:
+        async with self._files:
+            landing = await self._log.journal_get(self._journal_key)
+            point = int(landing["point"]) if landing is not None else None
+            await trio.to_thread.run_sync(recovery.sweep, self.vm, self.paths, point)
+
+    async def _apply(self, number: int) -> None:
+        """Bring the replica to point ``number``: save what goes, tell open views, write, record."""
+        vm = self.vm
+        point = vm.points[number]
+        old_point = vm.points.get(vm.applied)
+        for disk in point.disks:
+            forward = self.paths.forward(number, disk)
+            old = old_point.disk(disk.disk) if old_point is not None else None
+            if old_point is not None and old is not None and old.since == disk.since:
+                going = apply.Overwritten(self.uuid, old, old_point.number, number)
+                reverse = await trio.to_thread.run_sync(
+                    apply.build_reverse, self.paths, forward, going
+                )
+                await self._deepen(disk, old_point.number, reverse)
+            await trio.to_thread.run_sync(apply.write_replica, self.paths, forward, disk, number)
+        async with self._log.change(self.uuid) as changing:
+            changing.delta_applied(number)
+        await trio.to_thread.run_sync(self._drop_forward, point)
+
+    async def _give_up_chain(self, number: int, error: Exception) -> None:
+        """A delta cannot be applied: say so; where a later seed began anew, let go of what lies between.
+
+        Raises DamageError where there is no such seed: the points stay, readable where they are not damaged.
+        """
+        point = self.vm.points[number]
+        reason = f"the delta cannot be applied: {error}"
+        await self.report_damage(
+            [Damage(number, d.disk, 0, d.size, f"points/{number}", reason) for d in point.disks]
+        )
+        seeds = [n for n, p in self.vm.points.items() if n > number and p.kind is PushKind.SEED]
+        if not seeds:
+            raise DamageError(f"point {number}: {error}; seed the VM again")
+        gone = [n for n in self.vm.points if number <= n < min(seeds)]
+        async with self._log.change(self.uuid) as changing:
+            changing.release(gone)
+        await self._sweep()
+
+    def _drop_forward(self, point: Point) -> None:
+        for disk in point.disks:
+            durable.unlink(self.paths.forward(point.number, disk))
+
+    async def _deepen(self, disk: PointDisk, old_point: int, reverse: Path) -> None:
+        """Every open view of an older point gains the reverse delta, at a moment when nothing is being read."""
+        async with self._stacks, self._gate.alone():
+            for opened in self._views:
+                if opened.chain == stem(disk) and opened.point <= old_point > opened.deepest:
+                    opened.view.stack.append(await trio.to_thread.run_sync(StoredDelta, reverse))
+                    opened.deepest = old_point
+
+    # Views
+
+    @asynccontextmanager
+    async def hold(self, number: int | None) -> AsyncIterator[Point]:
+        """Keep a point from being let go of while inside. Raises RefusedError if it is not kept."""
+        point = self.vm.get_point(number)
+        self._held[point.number] += 1
+        try:
+            yield point
+        finally:
+            self._held[point.number] -= 1
+            if not self._held[point.number]:
+                del self._held[point.number]
+                self.wake()
+
+    def is_held(self, number: int) -> bool:
+        """Whether somebody reads the point."""
+        return number in self._held
+
+    @asynccontextmanager
+    async def open_disk(self, point: Point, disk: PointDisk) -> AsyncIterator[PointView]:
+        """A view of one disk of a held point. Raises DamageError if a file of it is missing or unusable."""
+        async with self._stacks:
+            opened = await trio.to_thread.run_sync(self._open_view, point, disk)
+            self._views.append(opened)
+        try:
+            yield opened.view
+        finally:
+            self._views.remove(opened)
+            with trio.CancelScope(shield=True):
+                async with self._gate.alone():
+                    opened.view.close()
+
+    def _open_view(self, point: Point, disk: PointDisk) -> _OpenView:
+        files = recovery.stack_files(self.vm, self.paths, point, disk)
+        stack: list[StoredDelta] = []
+        try:
+            stack.extend(map(StoredDelta, files.deltas))
+            replica = (
+                Replica(files.replica, files.replica_map) if files.replica is not None else None
+            )
+            grain = (
+                replica.map.grain if replica is not None and replica.map else stack[0].header.grain
+            )
+        except (OSError, PhcbtError) as error:
+            for delta in stack:
+                delta.close()
+            raise DamageError(f"point {point.number}, {disk.disk}: {error}") from error
+        view = PointView(disk.size, grain, stack, replica, self._gate)
+        return _OpenView(view, point.number, stem(disk), files.deepest)
+
+
+__all__ = ["PushRefusedHereError", "Retention", "VmStore"]

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""Values that events carry and that the state of a protected VM is made of. Pure, immutable, small on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import StrEnum
+from typing import Any
+from uuid import UUID, uuid5
+
+import msgspec
+
+#: Namespace of the ids of VM streams; fixed for ever, because logs hold ids made with it.
+STREAMS = UUID("6f0a3c1e-2c55-5c7e-9d5e-7b1f0f3a9d21")
+
+
+def stream_id(vm: UUID) -> UUID:
+    """The id of the event stream of a VM."""
+    return uuid5(STREAMS, f"/vm/{vm}")
+
+
+class PushKind(StrEnum):
+    """What a push brings: everything, or what changed."""
+
+    SEED = "seed"
+    CYCLE = "cycle"
+
+
+class PointDisk(msgspec.Struct, frozen=True, array_like=True):
+    """One disk of a recovery point.
+
+    ``since`` is the point at which this disk's chain of deltas began (its base is nothing): two points share a chain
+    only if it is the same in both. ``root`` names the content (docs/image-root.md).
+    """
+
+    disk: str
+    identity: str
+    size: int
+    root: bytes
+    since: int
+
+
+class Point(msgspec.Struct, frozen=True, array_like=True):
+    """A recovery point: all disks of a VM at one instant. Times in microseconds since the epoch, UTC."""
+
+    number: int
+    parent: int
+    push_id: str
+    kind: PushKind
+    epoch: int
+    taken_at_us: int
+    committed_at_us: int
+    duration_us: int
+    bytes_pushed: int
+    root: bytes
+    disks: tuple[PointDisk, ...]
+
+    def disk(self, name: str) -> PointDisk | None:
+        """The disk of that name in this point."""
+        return next((disk for disk in self.disks if disk.disk == name), None)
+
+
+class Damage(msgspec.Struct, frozen=True, array_like=True):
+    """Where a point does not read back as it was: the file, and the range of the disk in bytes."""
+
+    point: int
+    disk: str
+    offset: int
+    length: int
+    file: str
+    reason: str
+
+
+class TestClone(msgspec.Struct, frozen=True, array_like=True):
+    """A clone of a point made by ``failover test``."""
+
+    clone_id: str
+    point: int
+    started_at_us: int
+
+
+def next_disk_name(taken: Sequence[str]) -> str:
+    """The first unused name ``disk-<N>`` after all of ``taken``; names are never used again within a state."""
+    numbers = [int(name[5:]) for name in taken if name.startswith("disk-") and name[5:].isdigit()]
+    return f"disk-{max(numbers, default=-1) + 1}"
+
+
+def plain(value: Any) -> Any:
+    """What an event stores for ``value``: lists, numbers, text and bytes only."""
+    return msgspec.to_builtins(value, builtin_types=(bytes,))

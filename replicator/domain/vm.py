@@ -1,0 +1,335 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""The aggregate of a protected VM: its events, and the state that they add up to.
+
+Source and receiver each keep one in their own log, with the same events. It knows nothing of files, sockets and
+clocks: times come in as arguments. Topics are explicit, because a stored topic must outlive the name of a class.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any
+from uuid import UUID
+
+import msgspec
+from eventsourcing.domain import Aggregate
+
+from replicator.domain.failover import Command, State, decide
+from replicator.domain.model import (
+    Damage,
+    Point,
+    PointDisk,
+    PushKind,
+    TestClone,
+    plain,
+    stream_id,
+)
+from replicator.errors import RefusedError
+
+#: Damages kept per VM in memory: more than an operator reads; the log holds them all.
+DAMAGES_MAX = 1000
+
+
+class ProtectedVm(Aggregate):
+    """A VM under protection. Every public method decides and triggers one event, or raises RefusedError."""
+
+    TOPIC = "replctl:vm"
+
+    class Event(Aggregate.Event):
+        """Base of this aggregate's events."""
+
+        TOPIC = "replctl:vm.event"
+
+    class Registered(Event, Aggregate.Created):
+        """The VM is known to this side."""
+
+        TOPIC = "replctl:vm.registered"
+        vm: str
+        name: str
+        role: str
+
+    class SeedCommitted(Event):
+        """A full push became a recovery point."""
+
+        TOPIC = "replctl:vm.seed-committed"
+        point: list[Any]
+
+        def apply(self, aggregate: ProtectedVm) -> None:
+            aggregate.add_point(self.point)
+
+    class CycleCommitted(Event):
+        """A push of changes became a recovery point."""
+
+        TOPIC = "replctl:vm.cycle-committed"
+        point: list[Any]
+
+        def apply(self, aggregate: ProtectedVm) -> None:
+            aggregate.add_point(self.point)
+
+    class DeltaApplied(Event):
+        """The replica holds this point now."""
+
+        TOPIC = "replctl:vm.delta-applied"
+        point: int
+
+        def apply(self, aggregate: ProtectedVm) -> None:
+            aggregate.applied = self.point
+
+    class PointsReleased(Event):
+        """Retention let go of these points; their files may be unlinked."""
+
+        TOPIC = "replctl:vm.points-released"
+        points: list[int]
+
+        def apply(self, aggregate: ProtectedVm) -> None:
+            gone = set(self.points)
+            for number in gone:
+                aggregate.points.pop(number, None)
+                aggregate.verified.pop(number, None)
+            aggregate.damages = [d for d in aggregate.damages if d.point not in gone]
+
+    class PointDamaged(Event):
+        """A point does not read back as it was recorded."""
+
+        TOPIC = "replctl:vm.point-damaged"
+        damage: list[Any]
+
+        def apply(self, aggregate: ProtectedVm) -> None:
+            if len(aggregate.damages) < DAMAGES_MAX:
+                aggregate.damages.append(msgspec.convert(self.damage, Damage))
+
+    class PointVerified(Event):
+        """Every byte of a point was read and its root recomputed: it is what was recorded."""
+
+        TOPIC = "replctl:vm.point-verified"
+        point: int
+        bytes_read: int
+
+        def apply(self, aggregate: ProtectedVm) -> None:
+            aggregate.damages = [d for d in aggregate.damages if d.point != self.point]
+            aggregate.verified[self.point] = int(self.timestamp.timestamp() * 1e6)
+
+    class TrackingLost(Event):
+        """What changed since the reference had to be found by comparing digests."""
+
+        TOPIC = "replctl:vm.tracking-lost"
+        reason: str
+
+        def apply(self, aggregate: ProtectedVm) -> None:
+            aggregate.tracking_lost = self.reason
+
+    class PushAbandoned(Event):
+        """A push was given up before it was committed."""
+
+        TOPIC = "replctl:vm.push-abandoned"
+        push_id: str
+        point: int
+        reason: str
+
+        def apply(self, aggregate: ProtectedVm) -> None:
+            aggregate.abandoned = self.reason
+
+    class TestStarted(Event):
+        """A clone of a point was made for a test."""
+
+        TOPIC = "replctl:vm.test-started"
+        clone: list[Any]
+
+        def apply(self, aggregate: ProtectedVm) -> None:
+            aggregate.state = State.TESTING
+            aggregate.test = msgspec.convert(self.clone, TestClone)
+
+    class TestEnded(Event):
+        """The test clone was removed."""
+
+        TOPIC = "replctl:vm.test-ended"
+        clone_id: str
+
+        def apply(self, aggregate: ProtectedVm) -> None:
+            aggregate.state = State.PROTECTED
+            aggregate.test = None
+
+    class PromotionStarted(Event):
+        """The source is fenced: from here on only a higher epoch may push."""
+
+        TOPIC = "replctl:vm.promotion-started"
+        epoch: int
+        point: int
+
+        def apply(self, aggregate: ProtectedVm) -> None:
+            aggregate.state = State.PROMOTING
+            aggregate.epoch = self.epoch
+
+    class Promoted(Event):
+        """The VM runs on this side."""
+
+        TOPIC = "replctl:vm.promoted"
+
+        def apply(self, aggregate: ProtectedVm) -> None:
+            aggregate.state = State.PROMOTED
+
+    class PromotionUndone(Event):
+        """The promotion was rolled back; the source pushes again, in the new epoch."""
+
+        TOPIC = "replctl:vm.promotion-undone"
+
+        def apply(self, aggregate: ProtectedVm) -> None:
+            aggregate.state = State.PROTECTED
+
+    class MadePermanent(Event):
+        """This side is the source from now on."""
+
+        TOPIC = "replctl:vm.made-permanent"
+
+        def apply(self, aggregate: ProtectedVm) -> None:
+            aggregate.state = State.PERMANENT
+
+    def __init__(self, vm: str, name: str, role: str) -> None:
+        self.vm = vm
+        self.name = name
+        self.role = role
+        self.epoch = 1
+        self.state = State.UNSEEDED
+        self.points: dict[int, Point] = {}
+        self.newest: Point | None = None
+        self.applied = 0
+        self.damages: list[Damage] = []
+        self.verified: dict[int, int] = {}
+        self.test: TestClone | None = None
+        self.tracking_lost: str | None = None
+        self.abandoned: str | None = None
+
+    @classmethod
+    def register(cls, vm: UUID, name: str, role: str) -> ProtectedVm:
+        """A VM that this side has not known until now; ``role`` is source or receiver."""
+        return cls._create(cls.Registered, id=stream_id(vm), vm=str(vm), name=name, role=role)
+
+    def add_point(self, stored: list[Any]) -> None:
+        """Fold a committed point into the state; called by the events."""
+        point = msgspec.convert(stored, Point)
+        if self.role == "source":
+            self.points.clear()  # the source can only read the newest: it is the reference
+        self.points[point.number] = point
+        self.newest = point
+        if self.state is State.UNSEEDED:
+            self.state = State.PROTECTED
+        self.tracking_lost = None
+        self.abandoned = None
+
+    # Decisions
+
+    def check_commit(self, kind: PushKind, epoch: int) -> None:
+        """Raise RefusedError unless a push of this kind and epoch may be committed now."""
+        if epoch < self.epoch:
+            raise RefusedError(
+                f"push of epoch {epoch} refused: the VM is in epoch {self.epoch},"
+                " the source was fenced by a failover"
+            )
+        seed = kind is PushKind.SEED
+        decide(self.state, Command.COMMIT_SEED if seed else Command.COMMIT_CYCLE)
+
+    def commit(self, point: Point) -> None:
+        """Record a new recovery point. The caller has made all its data durable."""
+        self.check_commit(point.kind, point.epoch)
+        newest = self.newest.number if self.newest else 0
+        if point.number <= newest or (point.kind is PushKind.CYCLE and point.parent != newest):
+            raise RefusedError(
+                f"point {point.number} on {point.parent} does not continue the log, which ends at {newest}"
+            )
+        event = self.SeedCommitted if point.kind is PushKind.SEED else self.CycleCommitted
+        self.trigger_event(event, point=plain(point))
+
+    def delta_applied(self, point: int) -> None:
+        """Record that the replica holds ``point``, durably."""
+        self.trigger_event(self.DeltaApplied, point=point)
+
+    def release(self, points: list[int]) -> None:
+        """Record that retention lets go of these points."""
+        self.trigger_event(self.PointsReleased, points=points)
+
+    def damaged(self, damage: Damage) -> None:
+        """Record damage found in a point, unless exactly this is known already."""
+        if damage not in self.damages:
+            self.trigger_event(self.PointDamaged, damage=plain(damage))
+
+    def point_verified(self, point: int, bytes_read: int) -> None:
+        """Record that a point was read in full and is right."""
+        self.trigger_event(self.PointVerified, point=point, bytes_read=bytes_read)
+
+    def lose_tracking(self, reason: str) -> None:
+        """Record that change tracking could not answer."""
+        self.trigger_event(self.TrackingLost, reason=reason)
+
+    def abandon_push(self, push_id: str, point: int, reason: str) -> None:
+        """Record that a push was given up."""
+        self.trigger_event(self.PushAbandoned, push_id=push_id, point=point, reason=reason)
+
+    def start_test(self, clone: TestClone) -> None:
+        """Record a test clone. Raises RefusedError where the table or the point forbids it."""
+        decide(self.state, Command.TEST)
+        self.get_point(clone.point)
+        self.trigger_event(self.TestStarted, clone=plain(clone))
+
+    def end_test(self) -> None:
+        """Record that the test clone is gone."""
+        decide(self.state, Command.UNDO_TEST)
+        assert self.test is not None
+        self.trigger_event(self.TestEnded, clone_id=self.test.clone_id)
+
+    def start_promotion(self, point: int) -> None:
+        """Fence the source and begin to promote a point."""
+        decide(self.state, Command.PROMOTE)
+        self.get_point(point)
+        self.trigger_event(self.PromotionStarted, epoch=self.epoch + 1, point=point)
+
+    def finish_promotion(self) -> None:
+        """Record that the VM runs on this side."""
+        decide(self.state, Command.FINISH_PROMOTION)
+        self.trigger_event(self.Promoted)
+
+    def undo_promotion(self) -> None:
+        """Roll a promotion back, before the target was written to."""
+        decide(self.state, Command.UNDO_PROMOTION)
+        self.trigger_event(self.PromotionUndone)
+
+    def make_permanent(self) -> None:
+        """This side becomes the source."""
+        decide(self.state, Command.MAKE_PERMANENT)
+        self.trigger_event(self.MadePermanent)
+
+    # Questions
+
+    def get_point(self, number: int | None) -> Point:
+        """The retained point of that number, or the newest. Raises RefusedError that lists what there is."""
+        if number is None:
+            if self.newest is None:
+                raise RefusedError(f"VM {self.name} has no recovery point yet")
+            return self.newest
+        point = self.points.get(number)
+        if point is None:
+            have = ", ".join(map(str, self.points)) or "none"
+            raise RefusedError(f"VM {self.name} has no recovery point {number} (kept: {have})")
+        return point
+
+    def disk_names(self) -> dict[str, str]:
+        """Disk name by identity, of the newest point."""
+        return {disk.identity: disk.disk for disk in self.newest.disks} if self.newest else {}
+
+    def last_point_of(self, disk: PointDisk) -> int:
+        """The newest retained point that has this disk in the same chain."""
+        return max(
+            number
+            for number, point in self.points.items()
+            if (other := point.disk(disk.disk)) is not None and other.since == disk.since
+        )
+
+
+def event_kind(event: Aggregate.Event) -> str:
+    """The event's kind as operators see it: ``cycle-committed`` and so on."""
+    return str(type(event).TOPIC).rpartition(".")[2]  # type: ignore[attr-defined]
+
+
+def event_time_us(event: Aggregate.Event) -> int:
+    """When the event was recorded, in microseconds since the epoch."""
+    stamp: datetime = event.timestamp
+    return int(stamp.timestamp() * 1_000_000)

@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""A source's session with the receiver: connect, prove the key, ask, push one or more streams."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import TypeVar
+
+import trio
+
+from replicator.config import Config
+from replicator.errors import PeerRefusedError, ReplicatorError, WireError
+from replicator.nursery import flat_nursery
+from replicator.wire import messages as m
+from replicator.wire.framing import MessageStream
+from replicator.wire.keys import PreSharedKey
+from replicator.wire.session import Session
+from replicator.wire.stream import connect_stream
+
+CONNECT_S = 15
+HANDSHAKE_S = 15
+#: A Ping goes out this often, so that neither side takes long reading for a dead line.
+PING_S = 15
+#: Bytes on the way that are not acknowledged yet; then sending waits.
+UNACKED_MAX = 64 << 20
+
+A = TypeVar("A", bound=m.Message)
+B = TypeVar("B", bound=m.Message)
+
+
+class ConnectionLostError(ReplicatorError):
+    """The line broke, or could not be made; what was acknowledged is safe. Try again."""
+
+
+class Connection:
+    """One session. Made by ``connect``; one push at a time."""
+
+    def __init__(self, stream: MessageStream) -> None:
+        self._stream = stream
+        self._session = Session()
+        self._replies_in, self._replies = trio.open_memory_channel[m.FromReceiver](16)
+        self._acked: list[int] = []
+        self._sent: list[int] = []
+        self._room = trio.Event()
+
+    async def ask(self, message: m.Message, want: type[A], other: type[B] | None = None) -> A | B:
+        """Send a request and wait for its answer, one of two types. Raises as ``reply``."""
+        await self.send(message)
+        return await self.reply(want, other)
+
+    async def send(self, message: m.Message) -> None:
+        """Send one control message."""
+        self._session.message(message)
+        await self._send(m.CONTROL, m.encode(message))
+
+    async def _send(self, kind: int, *pieces: bytes | memoryview) -> None:
+        try:
+            await self._stream.send(kind, *pieces)
+        except (trio.BrokenResourceError, trio.ClosedResourceError, OSError) as error:
+            # The receiver may have said why before it closed.
+            with trio.move_on_after(1):
+                await self._replies.receive()
+            raise ConnectionLostError(f"the receiver is gone: {error}") from error
+
+    async def reply(self, want: type[A], other: type[B] | None = None) -> A | B:
+        """The next answer, of one of these types. Raises PeerRefusedError, ConnectionLostError, WireError."""
+        try:
+            answer = await self._replies.receive()
+        except trio.EndOfChannel:
+            raise ConnectionLostError("the receiver ended the session") from None
+        if isinstance(answer, m.Refused):
+            raise PeerRefusedError(answer.code, answer.reason)
+        if isinstance(answer, want) or (other is not None and isinstance(answer, other)):
+            return answer
+        raise WireError(f"the receiver answered {type(answer).__name__}")
+
+    def begin(self, positions: tuple[int, ...]) -> None:
+        """The push's streams go on from here."""
+        self._acked = list(positions)
+        self._sent = list(positions)
+
+    async def data(self, disk: int, offset: int, pieces: list[bytes | memoryview]) -> None:
+        """Send the next piece of a disk's stream; waits while too much is unacknowledged."""
+        self._check_refused()
+        self._session.message(m.Data(disk, offset, b""))
+        length = sum(len(piece) for piece in pieces)
+        while sum(self._sent) + length - sum(self._acked) > UNACKED_MAX:
+            self._room = trio.Event()
+            await self._room.wait()
+            self._check_refused()
+        await self._send(m.DATA, m.data_head(disk, offset), *pieces)
+        self._sent[disk] = offset + length
+
+    def _check_refused(self) -> None:
+        """A refusal in the middle of a push ends it at once."""
+        try:
+            answer = self._replies.receive_nowait()
+        except trio.WouldBlock:
+            return
+        except trio.EndOfChannel:
+            raise ConnectionLostError("the receiver ended the session") from None
+        if isinstance(answer, m.Refused):
+            raise PeerRefusedError(answer.code, answer.reason)
+        raise WireError(f"the receiver answered {type(answer).__name__} in the middle of a push")
+
+    @property
+    def acked(self) -> tuple[int, ...]:
+        """Each disk's durable position at the receiver."""
+        return tuple(self._acked)
+
+    async def read_replies(self) -> None:
+        """Take what the receiver says until it ends the session. Run by ``connect``."""
+        async with self._replies_in:
+            while True:
+                message = await self._stream.receive()
+                if message is None:
+                    return
+                kind, body = message
+                if kind != m.CONTROL:
+                    raise WireError("the receiver sent data")
+                answer = m.decode_from_receiver(body)
+                self._session.message(answer)
+                if isinstance(answer, m.Ack):
+                    self._take_ack(answer)
+                elif not isinstance(answer, m.Pong):
+                    self._room.set()
+                    await self._replies_in.send(answer)
+
+    def _take_ack(self, ack: m.Ack) -> None:
+        if ack.disk >= len(self._acked) or not (
+            self._acked[ack.disk] <= ack.position <= self._sent[ack.disk]
+        ):
+            raise WireError(f"the receiver acknowledged {ack.position} of disk {ack.disk}")
+        self._acked[ack.disk] = ack.position
+        self._room.set()
+
+    async def ping(self) -> None:
+        """Say now and then that this side lives. Run by ``connect``."""
+        while True:
+            await trio.sleep(PING_S)
+            await self.send(m.Ping())
+
+
+@asynccontextmanager
+async def connect(config: Config, key: PreSharedKey) -> AsyncIterator[Connection]:
+    """A session with the receiver of ``config``, ended on leaving.
+
+    Raises ConnectionLostError where the line cannot be made or breaks, AuthenticationError where the keys differ,
+    WireError where the other side breaks the protocol; what the body raises comes through unchanged.
+    """
+    where = f"{config.dr_host}:{config.dr_port}"
+    try:
+        with trio.fail_after(CONNECT_S):
+            transport = await trio.open_tcp_stream(config.dr_host, config.dr_port)
+    except (OSError, trio.TooSlowError) as error:
+        reason = getattr(error, "strerror", None) or str(error) or "no answer"
+        raise ConnectionLostError(f"cannot reach the receiver at {where}: {reason}") from error
+    try:
+        stream = await connect_stream(transport, key, deadline_s=HANDSHAKE_S)
+    except trio.BrokenResourceError as error:
+        raise ConnectionLostError(
+            f"{where}: the line broke while authenticating: {error}"
+        ) from error
+    async with MessageStream(stream, m.LIMITS) as framed:
+        connection = Connection(framed)
+        failure: list[Exception] = []
+        async with flat_nursery() as nursery:
+            nursery.start_soon(_guarded, connection.read_replies, failure)
+            nursery.start_soon(_guarded, connection.ping, failure)
+            try:
+                yield connection
+            except ConnectionLostError as error:
+                if failure and isinstance(failure[0], WireError):
+                    raise failure[0] from error
+                raise
+            finally:
+                nursery.cancel_scope.cancel()
+
+
+async def _guarded(task: Callable[[], Awaitable[None]], failure: list[Exception]) -> None:
+    """Run a helper task of the session; its failure reaches the push through the closed channel."""
+    try:
+        await task()
+    except (WireError, trio.BrokenResourceError, trio.ClosedResourceError, OSError) as error:
+        failure.append(error)
+    except ConnectionLostError as error:
+        failure.append(error)

@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""The messages of the push protocol (docs/wire.md, section 4) and their bounds.
+
+A control message is MessagePack of one tagged struct; data is binary. Everything from the peer is checked here, before
+anything is done with it.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Annotated, Literal
+from uuid import UUID
+
+import msgspec
+
+from replicator.domain.model import PushKind
+from replicator.errors import WireError
+from replicator.wire.framing import MessageLimits
+
+#: Kinds of message on the stream.
+CONTROL = 1
+DATA = 2
+#: The largest piece of a delta stream in one data message, bytes: a record of 1 MiB and its digests fit.
+DATA_MAX = (1 << 20) + (64 << 10)
+DISKS_MAX = 256
+_DATA_HEAD = struct.Struct(">HQ")
+DATA_HEAD_SIZE = _DATA_HEAD.size
+LIMITS = MessageLimits({CONTROL: 256 << 10, DATA: DATA_HEAD_SIZE + DATA_MAX}, control_bytes_max=0)
+
+VmId = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}\Z")]
+VmName = Annotated[
+    str, msgspec.Meta(min_length=1, max_length=255, pattern=r"^[^\x00-\x1f\x7f/]+\Z")
+]
+PushId = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{16}\Z")]
+DiskName = Annotated[str, msgspec.Meta(pattern=r"^disk-[0-9]{1,4}\Z")]
+Root = Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
+Number = Annotated[int, msgspec.Meta(ge=0, le=1 << 48)]
+Position = Annotated[int, msgspec.Meta(ge=0, le=1 << 60)]
+Epoch = Annotated[int, msgspec.Meta(ge=1, le=1 << 31)]
+Reason = Annotated[str, msgspec.Meta(max_length=2000)]
+Micros = Annotated[int, msgspec.Meta(ge=0, le=1 << 60)]
+
+RefusalCode = Literal[
+    "wrong-parent", "stale-epoch", "unknown-vm", "wrong-key", "state", "busy", "shrink",
+    "root-mismatch", "no-room", "bad-request", "damaged-stream", "failed",
+]  # fmt: skip
+
+
+class PointRef(msgspec.Struct, frozen=True):
+    """A point by number, content and the push that brought it."""
+
+    number: Number
+    root: Root
+    push_id: PushId
+
+
+class Message(msgspec.Struct, frozen=True, tag=True):
+    """Base of all control messages."""
+
+
+class Query(Message, frozen=True):
+    """Source: what do you have of this VM?"""
+
+    vm: VmId
+    name: VmName
+
+
+class VmState(Message, frozen=True):
+    """Receiver: what it has. ``push_id`` is an unfinished push that could be gone on with."""
+
+    newest: PointRef | None
+    epoch: Epoch
+    push_id: PushId | None
+
+
+class OpenDisk(msgspec.Struct, frozen=True):
+    """One disk of a push. ``since`` equal to the push's point: the stream has no base. ``have`` is where the source can go on."""
+
+    disk: DiskName
+    identity: Annotated[str, msgspec.Meta(min_length=1, max_length=255)]
+    size: Annotated[int, msgspec.Meta(ge=1, le=1 << 50)]
+    since: Number
+    have: Position
+
+
+class Open(Message, frozen=True):
+    """Source: a push begins or goes on."""
+
+    vm: VmId
+    name: VmName
+    epoch: Epoch
+    push_id: PushId
+    kind: PushKind
+    point: Annotated[int, msgspec.Meta(ge=1, le=1 << 48)]
+    parent: Number
+    parent_root: Root | None
+    taken_at_us: Micros
+    disks: Annotated[tuple[OpenDisk, ...], msgspec.Meta(min_length=1, max_length=DISKS_MAX)]
+
+
+class Ready(Message, frozen=True):
+    """Receiver: send each disk's stream from here."""
+
+    push_id: PushId
+    positions: Annotated[tuple[Position, ...], msgspec.Meta(max_length=DISKS_MAX)]
+
+
+class Ack(Message, frozen=True):
+    """Receiver: this disk's stream is durable up to ``position``."""
+
+    disk: Annotated[int, msgspec.Meta(ge=0, lt=DISKS_MAX)]
+    position: Position
+
+
+class FinalDisk(msgspec.Struct, frozen=True):
+    """What a disk must be after the push: its image root, and the root of the stream that brought it there."""
+
+    root: Root
+    stream_root: Root
+
+
+class Finish(Message, frozen=True):
+    """Source: everything is sent; commit."""
+
+    push_id: PushId
+    root: Root
+    disks: Annotated[tuple[FinalDisk, ...], msgspec.Meta(min_length=1, max_length=DISKS_MAX)]
+    duration_us: Micros
+
+
+class Committed(Message, frozen=True):
+    """Receiver: the point exists, durably. Also the answer to an Open of a push that is committed already."""
+
+    push_id: PushId
+    point: Number
+    root: Root
+    committed_at_us: Micros
+    bytes_pushed: Position
+
+
+class Abandon(Message, frozen=True):
+    """Source: forget this push."""
+
+    vm: VmId
+    push_id: PushId
+    reason: Reason
+
+
+class Refused(Message, frozen=True):
+    """Receiver: no, and why. What it has stands in it, so that the source can choose what to do."""
+
+    code: RefusalCode
+    reason: Reason
+    newest: PointRef | None
+    epoch: Epoch
+
+
+class Ping(Message, frozen=True):
+    """Either side: still here."""
+
+
+class Pong(Message, frozen=True):
+    """The answer to Ping."""
+
+
+FromSource = Query | Open | Finish | Abandon | Ping
+FromReceiver = VmState | Ready | Ack | Committed | Refused | Pong
+
+_encoder = msgspec.msgpack.Encoder()
+_from_source: msgspec.msgpack.Decoder[FromSource] = msgspec.msgpack.Decoder(FromSource)
+_from_receiver: msgspec.msgpack.Decoder[FromReceiver] = msgspec.msgpack.Decoder(FromReceiver)
+
+
+class Data(msgspec.Struct, frozen=True):
+    """A piece of disk number ``disk``'s delta stream, at ``offset`` of that stream."""
+
+    disk: int
+    offset: int
+    payload: memoryview | bytes
+
+
+def encode(message: Message) -> bytes:
+    """The body of a control message."""
+    return _encoder.encode(message)
+
+
+def data_head(disk: int, offset: int) -> bytes:
+    """What stands before the bytes of a data message."""
+    return _DATA_HEAD.pack(disk, offset)
+
+
+def decode_data(body: bytes | bytearray | memoryview) -> Data:
+    """A data message's body. Raises WireError."""
+    if not DATA_HEAD_SIZE < len(body) <= DATA_HEAD_SIZE + DATA_MAX:
+        raise WireError(f"data message of {len(body)} bytes")
+    disk, offset = _DATA_HEAD.unpack_from(body)
+    return Data(disk, offset, memoryview(body)[DATA_HEAD_SIZE:])
+
+
+def decode_from_source(body: bytes | bytearray | memoryview) -> FromSource:
+    """A control message that a receiver may get. Raises WireError."""
+    try:
+        return _from_source.decode(body)
+    except (msgspec.DecodeError, msgspec.ValidationError) as error:
+        raise WireError(f"bad message from the source: {error}") from None
+
+
+def decode_from_receiver(body: bytes | bytearray | memoryview) -> FromReceiver:
+    """A control message that a source may get. Raises WireError."""
+    try:
+        return _from_receiver.decode(body)
+    except (msgspec.DecodeError, msgspec.ValidationError) as error:
+        raise WireError(f"bad message from the receiver: {error}") from None
+
+
+def vm_uuid(text: VmId) -> UUID:
+    """The UUID of a checked VM id."""
+    return UUID(text)

@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""The order of messages in a push session, as one table for both sides; a pair that is not listed is a protocol error."""
+
+from __future__ import annotations
+
+import sys
+
+from enum import StrEnum
+
+from replicator.errors import WireError
+from replicator.wire.messages import (
+    Abandon,
+    Ack,
+    Committed,
+    Data,
+    Finish,
+    Open,
+    Ping,
+    Pong,
+    Query,
+    Ready,
+    Refused,
+    VmState,
+)
+
+
+class Phase(StrEnum):
+    """Where a session stands, the same on both sides."""
+
+    IDLE = "idle"
+    ASKED = "asked"
+    OPENING = "opening"
+    PUSHING = "pushing"
+    FINISHING = "finishing"
+
+
+#: (phase, message) → next phase. Query, Open, Data, Finish and Abandon come from the source, the rest from the receiver.
+TABLE: dict[tuple[Phase, type], Phase] = {
+    (Phase.IDLE, Query): Phase.ASKED,
+    (Phase.IDLE, Abandon): Phase.ASKED,
+    (Phase.ASKED, VmState): Phase.IDLE,
+    (Phase.ASKED, Refused): Phase.IDLE,
+    (Phase.IDLE, Open): Phase.OPENING,
+    (Phase.OPENING, Ready): Phase.PUSHING,
+    (Phase.OPENING, Committed): Phase.IDLE,
+    (Phase.OPENING, Refused): Phase.IDLE,
+    (Phase.PUSHING, Data): Phase.PUSHING,
+    (Phase.PUSHING, Ack): Phase.PUSHING,
+    (Phase.PUSHING, Open): Phase.OPENING,
+    (Phase.PUSHING, Abandon): Phase.ASKED,
+    (Phase.PUSHING, Refused): Phase.IDLE,
+    (Phase.PUSHING, Finish): Phase.FINISHING,
+    (Phase.FINISHING, Ack): Phase.FINISHING,
+    (Phase.FINISHING, Committed): Phase.IDLE,
+    (Phase.FINISHING, Refused): Phase.IDLE,
+    # An Ack may cross the message that makes it useless.
+    (Phase.ASKED, Ack): Phase.ASKED,
+    (Phase.OPENING, Ack): Phase.OPENING,
+}
+
+
+class Session:
+    """The phase of one session; each side tells it every message that it sends and gets."""
+
+    __slots__ = ("phase",)
+
+    def __init__(self) -> None:
+        self.phase = Phase.IDLE
+
+    def message(self, message: object) -> None:
+        """Move on. Raises WireError if this message may not come now."""
+        if isinstance(message, Ping | Pong):
+            return
+        following = TABLE.get((self.phase, type(message)))
+        if following is None:
+            raise WireError(f"{type(message).__name__} is not allowed while {self.phase.value}")
+        self.phase = following
+
+
+def as_markdown() -> str:
+    """The table as docs/wire.md holds it."""
+    rows = ["| phase | message | next |", "|---|---|---|"]
+    rows += [f"| {at.value} | {kind.__name__} | {to.value} |" for (at, kind), to in TABLE.items()]
+    return "\n".join(rows) + "\n"
+
+
+if __name__ == "__main__":
+    sys.stdout.write(as_markdown())
