@@ -169,8 +169,7 @@ class StreamState:
             raise PhcbtError(self.position, reason)
 
     def _fault(self, head: RecordHead) -> str | None:
-        if self.ended:
-            return "a record after the end"
+        assert not self.ended
         if head.kind is Kind.END:
             if self._pending:
                 return "end record where an index is due"

@@ -116,7 +116,8 @@ class _Verifier:
         """Check the record at ``_at``, go past it. PhcbtError, OSError if its extent is unknown."""
         at, state, end = self._at, self._state, self._end
         if state is not None and state.pending:
-            at_last = end is not None and at == end.last_index
+            fills = at + HEAD_SIZE + state.pending * ENTRY_SIZE == self._limit
+            at_last = end is not None and at == end.last_index and fills
             if state.index_due or at_last:
                 yield from self._due_index(state)
                 return

@@ -123,6 +123,16 @@ def big() -> tuple[StreamHeader, bytes]:
     return big_stream(1)
 
 
+@pytest.fixture(scope="module")
+def big_blocks(big: tuple[StreamHeader, bytes]) -> list[DataRecord | ZeroRecord]:
+    return blocks_of(big[1])
+
+
+@pytest.fixture(scope="module")
+def big_indexes(big: tuple[StreamHeader, bytes]) -> list[int]:
+    return index_places(big[1])
+
+
 def check_look_ups(delta: StoredDelta, blocks: list[DataRecord | ZeroRecord]) -> None:
     numbers = [0, 1, 2, 700, 1022, 1023, 1024, 1025, 2047, 2048, 2049, 2098, 2099]
     for number in numbers:
@@ -147,9 +157,11 @@ def check_look_ups(delta: StoredDelta, blocks: list[DataRecord | ZeroRecord]) ->
         assert delta.record(entry).head == block.record.head
 
 
-def test_look_ups_around_index_records(save: Save, big: tuple[StreamHeader, bytes]) -> None:
+def test_look_ups_around_index_records(
+    save: Save, big: tuple[StreamHeader, bytes], big_blocks: list[DataRecord | ZeroRecord]
+) -> None:
     header, data = big
-    blocks = blocks_of(data)
+    blocks = big_blocks
     with StoredDelta(save(data)) as delta:
         check_look_ups(delta, blocks)
         assert delta.index_damage is None
@@ -228,17 +240,24 @@ def index_places(data: bytes) -> list[int]:
     return [event.position for event in events_of(data) if isinstance(event, IndexRecord)]
 
 
-@pytest.mark.parametrize("which", [0, 1, 2])
-@pytest.mark.parametrize("at", [0, 12, 20, 33, 40, 40 + 24 * 51, 40 + 24 * 51 + 20])
+@pytest.mark.parametrize(
+    "place_in",
+    [(0, 0), (0, 12), (1, 12), (1, 20), (1, 40), (1, 1264), (1, 1284), (2, 33), (2, 40), (2, 1284)],
+)
 def test_a_damaged_index_costs_nothing_but_itself(
-    save: Save, big: tuple[StreamHeader, bytes], which: int, at: int
+    save: Save,
+    big: tuple[StreamHeader, bytes],
+    big_blocks: list[DataRecord | ZeroRecord],
+    big_indexes: list[int],
+    place_in: tuple[int, int],
 ) -> None:
     header, data = big
     damaged = bytearray(data)
-    place = index_places(data)[which]
+    which, at = place_in
+    place = big_indexes[which]
     damaged[place + at] ^= 0x81
     path = save(bytes(damaged))
-    blocks = blocks_of(data)
+    blocks = big_blocks
     with StoredDelta(path) as delta:
         assert delta.index_damage is not None
         assert delta.index_damage.offset == place
@@ -249,26 +268,52 @@ def test_a_damaged_index_costs_nothing_but_itself(
 
 
 def test_an_index_that_is_damaged_after_opening_costs_nothing_either(
-    save: Save, big: tuple[StreamHeader, bytes]
+    save: Save,
+    big: tuple[StreamHeader, bytes],
+    big_blocks: list[DataRecord | ZeroRecord],
+    big_indexes: list[int],
 ) -> None:
     _, data = big
     path = save(data)
     with StoredDelta(path) as delta:
         with path.open("r+b") as file:
-            for place in index_places(data):
+            for place in big_indexes:
                 file.seek(place + 20)
                 file.write(b"\xff\xff\xff\xff")
-        check_look_ups(delta, blocks_of(data))
+        check_look_ups(delta, big_blocks)
         assert delta.index_damage is not None
+
+
+def test_a_group_that_no_longer_leads_to_its_index_is_refused(save: Save) -> None:
+    header = make_header()
+    records = [zero_record(header, 0, GRAIN), encode_data(header, GRAIN, b"a" * GRAIN, None)]
+    data = write_stream(header, records)
+    place = index_places(data)[0]
+    path = save(data)
+    with StoredDelta(path) as delta:
+        # Under the open file, the index becomes one of a single entry, and the data block a zero
+        # block.
+        entry = data[place + 40 : place + 64]
+        head = RecordHead.build(Kind.INDEX, Codec.NONE, 24, offset=0, length=1, guarded=entry)
+        zeros = zero_record(header, GRAIN, GRAIN).head.raw
+        path.write_bytes(data[:152] + zeros + data[192:place] + head.raw + data[place + 40 :])
+        with pytest.raises(PhcbtError, match="do not lead to their index"):
+            delta.find(0)
+        assert delta.index_damage is not None
+        assert "index of 1 entries where 2 are due" in delta.index_damage.reason
 
 
 @pytest.mark.parametrize("number", [0, 1, 1023, 1024, 1500, 2048, 2099])
 @pytest.mark.parametrize("at", [0, 4, 8, 20, 33])
 def test_a_damaged_head_costs_one_block(
-    save: Save, big: tuple[StreamHeader, bytes], number: int, at: int
+    save: Save,
+    big: tuple[StreamHeader, bytes],
+    big_blocks: list[DataRecord | ZeroRecord],
+    number: int,
+    at: int,
 ) -> None:
     _, data = big
-    blocks = blocks_of(data)
+    blocks = big_blocks
     block = blocks[number]
     damaged = bytearray(data)
     damaged[block.position + at] ^= 0x02
@@ -292,9 +337,11 @@ def test_a_damaged_head_costs_one_block(
     ]
 
 
-def test_verify_goes_on_past_many_damages(save: Save, big: tuple[StreamHeader, bytes]) -> None:
+def test_verify_goes_on_past_many_damages(
+    save: Save, big: tuple[StreamHeader, bytes], big_blocks: list[DataRecord | ZeroRecord]
+) -> None:
     _, data = big
-    blocks = blocks_of(data)
+    blocks = big_blocks
     damaged = bytearray(data)
     heads = [3, 4, 1100, 2090]
     for number in heads:
@@ -308,12 +355,15 @@ def test_verify_goes_on_past_many_damages(save: Save, big: tuple[StreamHeader, b
 
 
 def test_verify_goes_on_after_the_group_when_its_index_is_damaged_as_well(
-    save: Save, big: tuple[StreamHeader, bytes]
+    save: Save,
+    big: tuple[StreamHeader, bytes],
+    big_blocks: list[DataRecord | ZeroRecord],
+    big_indexes: list[int],
 ) -> None:
     _, data = big
-    blocks = blocks_of(data)
+    blocks = big_blocks
     damaged = bytearray(data)
-    for position in (blocks[1100].position, index_places(data)[1] + 10, blocks[2099].position):
+    for position in (blocks[1100].position, big_indexes[1] + 10, blocks[2099].position):
         damaged[position + 8] ^= 1
     path = save(bytes(damaged))
     found = list(verify_file(path))
@@ -327,9 +377,11 @@ def test_verify_goes_on_after_the_group_when_its_index_is_damaged_as_well(
         StoredDelta(path)
 
 
-def test_verify_of_a_cut_or_overwritten_file(save: Save, big: tuple[StreamHeader, bytes]) -> None:
+def test_verify_of_a_cut_or_overwritten_file(
+    save: Save, big: tuple[StreamHeader, bytes], big_blocks: list[DataRecord | ZeroRecord]
+) -> None:
     _, data = big
-    blocks = blocks_of(data)
+    blocks = big_blocks
     cut = blocks[1500].position + 5
     path = save(data[:cut])
     found = list(verify_file(path))
@@ -358,12 +410,15 @@ def test_verify_of_a_cut_or_overwritten_file(save: Save, big: tuple[StreamHeader
 
 
 def test_verify_finds_a_last_index_gone_with_a_head_before_it(
-    save: Save, big: tuple[StreamHeader, bytes]
+    save: Save,
+    big: tuple[StreamHeader, bytes],
+    big_blocks: list[DataRecord | ZeroRecord],
+    big_indexes: list[int],
 ) -> None:
     _, data = big
-    blocks = blocks_of(data)
+    blocks = big_blocks
     damaged = bytearray(data)
-    last = index_places(data)[-1]
+    last = big_indexes[-1]
     damaged[blocks[2060].position] ^= 0x40
     damaged[last + 10] ^= 1
     found = list(verify_file(save(bytes(damaged))))
@@ -437,16 +492,149 @@ def test_a_medium_that_cannot_be_read_is_damage(
     real = os.pread
 
     def failing(fd: int, length: int, position: int) -> bytes:
-        if position <= 112 + 56 < position + length or position == 112 + 56:
+        if position == bad:
             raise OSError(errno.EIO, "Input/output error")
         return real(fd, length, position)
 
+    text = "cannot be read: Input/output error"
+    bad = 112 + 56
     with StoredDelta(path) as delta:
         monkeypatch.setattr("os.pread", failing)
-        with pytest.raises(DamageError, match=f"{path} cannot be read: Input/output error"):
+        with pytest.raises(DamageError, match=f"{path} {text}"):
             delta.read(0, 1)
+    assert list(verify_file(path)) == [Finding(str(path), 112, 0, GRAIN, text)]
+    bad = 112 + 56 + GRAIN
+    assert list(verify_file(path)) == [Finding(str(path), bad, None, 0, f"index record: {text}")]
+    bad = 0
+    assert list(verify_file(path)) == [Finding(str(path), 0, None, 0, f"header: {text}")]
+
+
+def test_a_read_that_comes_in_parts_is_whole(save: Save, monkeypatch: pytest.MonkeyPatch) -> None:
+    header = make_header()
+    plain = content(2, 1, 0)
+    path = save(write_stream(header, [encode_data(header, 0, plain, None)]))
+    real = os.pread
+    monkeypatch.setattr("os.pread", lambda fd, n, at: real(fd, min(n, 1000), at))
+    with StoredDelta(path) as delta:
+        assert delta.read(0, GRAIN) == [(0, plain)]
+
+
+def test_a_file_that_shrinks_while_open_is_damage(save: Save) -> None:
+    header = make_header()
+    path = save(write_stream(header, [encode_data(header, 0, content(2, 1, 0), None)]))
+    with StoredDelta(path) as delta:
+        os.truncate(path, 400)
+        with pytest.raises(PhcbtError, match=f"{path}: the file ends"):
+            delta.read(0, GRAIN)
+
+
+def test_plain_bytes_of_a_zero_block_are_zeros(save: Save) -> None:
+    header = make_header()
+    with StoredDelta(save(write_stream(header, [zero_record(header, 0, GRAIN)]))) as delta:
+        entry = delta.find(0)
+        assert entry is not None
+        assert delta.plain(entry) == bytes(GRAIN)
+
+
+def end_of(data: bytes, last_index: int) -> bytes:
+    """The stream with an end record that names another last index."""
+    payload = data[-80:-40] + last_index.to_bytes(8, "big") + data[-32:]
+    head = RecordHead.build(Kind.END, Codec.NONE, 80, offset=0, length=0, guarded=payload)
+    return data[:-120] + head.raw + payload
+
+
+def index_with(data: bytes, place: int, *, previous: int | None = None, first: int = 0) -> bytes:
+    """The stream with an index record, its check right, that has another chain or first offset."""
+    head = RecordHead.decode(data[place : place + 40], place)
+    payload = bytearray(data[place + 40 : place + 40 + head.payload_length])
+    if first:
+        payload[:8] = first.to_bytes(8, "big")
+    new = RecordHead.build(
+        Kind.INDEX,
+        Codec.NONE,
+        len(payload),
+        offset=head.offset if previous is None else previous,
+        length=head.length,
+        guarded=bytes(payload),
+    )
+    return data[:place] + new.raw + payload + data[place + 40 + len(payload) :]
+
+
+def test_a_chain_with_right_checks_that_leads_astray_is_left_for_the_heads(
+    save: Save,
+    big: tuple[StreamHeader, bytes],
+    big_blocks: list[DataRecord | ZeroRecord],
+    big_indexes: list[int],
+) -> None:
+    _, data = big
+    first, second, third = big_indexes
+    too_long = RecordHead.build(
+        Kind.INDEX, Codec.NONE, 24 * 1024, offset=second, length=1024, guarded=b""
+    )
+    for crafted, reason in [
+        (end_of(data, 1 << 63), "leads nowhere"),
+        (end_of(data, 0), "leads nowhere"),
+        (end_of(data, second), "index of 1024 entries where 52 are due"),
+        (end_of(data, big_blocks[2099].position), "record where an index should be"),
+        (index_with(data, second, previous=third), "leads nowhere"),
+        (index_with(data, first, previous=112), "longer than the stream"),
+        (index_with(data, second, first=1 << 40), "do not ascend"),
+        (data[:third] + too_long.raw + data[third + 40 :], "ends inside an index record"),
+    ]:
+        path = save(crafted)
+        with StoredDelta(path) as delta:
+            assert delta.index_damage is not None
+            assert reason in delta.index_damage.reason
+            if "ascend" not in reason:
+                check_look_ups(delta, big_blocks)
+        assert len(list(verify_file(path))) == 1
+
+
+def test_an_index_entry_that_cannot_be_is_refused(save: Save) -> None:
+    header = make_header()
+    data = write_stream(header, [zero_record(header, 0, GRAIN)])
+    place = index_places(data)[0]
+    payload = bytearray(data[place + 40 : place + 64])
+    payload[20] = 7
+    head = RecordHead.build(Kind.INDEX, Codec.NONE, 24, offset=0, length=1, guarded=bytes(payload))
+    path = save(data[:place] + head.raw + payload + data[-120:])
+    with StoredDelta(path) as delta, pytest.raises(PhcbtError, match="entry of kind 7") as caught:
+        delta.find(0)
+    assert caught.value.offset == place
+    assert [finding.stream_offset for finding in verify_file(path)] == [place]
+
+
+def test_blocks_out_of_order_are_found_without_the_index_too(save: Save) -> None:
+    header = make_header()
+    one, two = zero_record(header, 0, GRAIN), zero_record(header, GRAIN, GRAIN)
+    data = write_stream(header, [one, two])
+    swapped = data[:112] + two.head.raw + one.head.raw + data[192:]
+    found = list(verify_file(save(swapped)))
+    assert [finding.stream_offset for finding in found] == [152]
+    broken = bytearray(swapped)
+    broken[192] ^= 1
+    with pytest.raises(PhcbtError, match="after"):
+        StoredDelta(save(bytes(broken)))
+
+
+def test_a_stream_without_its_last_index_is_not_whole(save: Save) -> None:
+    header = make_header()
+    data = write_stream(header, [zero_record(header, 0, GRAIN)])
+    path = save(end_of(data[:152] + data[-120:], 0))
     found = list(verify_file(path))
-    assert [finding.reason for finding in found] == ["header: cannot be read: Input/output error"]
+    assert [finding.reason for finding in found] == ["no index record before the end"]
+    with pytest.raises(PhcbtError, match="do not lead to the end"):
+        StoredDelta(path)
+    # A cut just after a short index that is not right.
+    cut = bytearray(data[:-120])
+    cut[-1] ^= 1
+    reasons = [finding.reason for finding in verify_file(save(bytes(cut)))]
+    assert len(reasons) == 2
+    assert "check of the index record" in reasons[1]
+    # And one whose check is right but that lists something else.
+    crafted = index_with(data[:-120], 152, first=GRAIN)
+    reasons = [finding.reason for finding in verify_file(save(crafted))]
+    assert "does not list the blocks" in reasons[1]
 
 
 def test_counts_that_lie_are_refused_before_anything_is_read(save: Save) -> None:
