@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import time
 from dataclasses import dataclass
@@ -180,7 +181,8 @@ class _PushSession:
         except PhcbtError as error:
             await self._refuse(message, "damaged-stream", str(error))
         except (OSError, PersistenceError, DamageError) as error:
-            code = "no-room" if getattr(error, "errno", None) == 28 else "failed"
+            full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+            code: m.RefusalCode = "no-room" if full else "failed"
             _logger.error("push failed: %s", error)
             await self._refuse(message, code, f"the receiver failed: {error}")
 

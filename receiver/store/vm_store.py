@@ -29,7 +29,7 @@ from replicator.errors import DamageError, PhcbtError, RefusedError, ReplicatorE
 from replicator.imagemap import ImageMap, RootBuilder, vm_root
 from replicator.log import EventLog
 from replicator.phcbt.read import StoredDelta
-from replicator.wire.messages import Finish, Open, PointRef
+from replicator.wire.messages import Finish, Open, PointRef, RefusalCode
 
 _logger = logging.getLogger(__name__)
 #: Pause before an apply that failed is tried again, unless something happens earlier. Seconds.
@@ -55,7 +55,7 @@ class _OpenView:
 class PushRefusedHereError(RefusedError):
     """A push that may not be; ``code`` is the protocol's."""
 
-    def __init__(self, code: str, reason: str) -> None:
+    def __init__(self, code: RefusalCode, reason: str) -> None:
         super().__init__(reason)
         self.code = code
         self.reason = reason

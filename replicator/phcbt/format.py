@@ -153,7 +153,11 @@ class StreamHeader:
             return f"chunk of {self.chunk} bytes with a grain of {self.grain}"
         if not 1 <= self.disk_size <= DISK_SIZE_MAX:
             return f"disk of {self.disk_size} bytes"
-        if not 0 <= self.base_point < self.target_point <= U64_MAX:
+        if (
+            not 0 <= self.base_point <= U64_MAX
+            or not 1 <= self.target_point <= U64_MAX
+            or self.base_point == self.target_point
+        ):
             return f"point {self.target_point} on base {self.base_point}"
         if len(self.base_root) != ROOT_SIZE or (self.base_point == 0 and any(self.base_root)):
             return "base root does not fit the base"
