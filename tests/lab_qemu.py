@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""A ``qemu-storage-daemon`` with disks, for tests: change tracking and snapshots without a guest, up in 40 ms."""
+"""A ``qemu-storage-daemon`` with disks, for tests: change tracking and snapshots without a guest,
+up in 40 ms.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ def require(program: str) -> str:
 
 
 class StorageDaemon:
-    """One daemon and its disks below ``root``, a short path (Unix sockets). ``size`` is each disk's, in bytes."""
+    """One daemon and its disks below ``root``, a short path (Unix sockets). ``size`` is each
+    disk's, in bytes.
+    """
 
     def __init__(self, root: Path, disks: Mapping[str, int], *, image_format: str = "raw") -> None:
         self.root = root
@@ -48,7 +52,8 @@ class StorageDaemon:
     async def start(self, *, nbd_server: bool = True) -> None:
         """Make missing images, start the daemon and connect a writer to each disk.
 
-        Without ``nbd_server`` the daemon has none: disks are exported as vhost-user, and there is no writer.
+        Without ``nbd_server`` the daemon has none: disks are exported as vhost-user, and there is
+        no writer.
         """
         command = [require("qemu-storage-daemon")]
         command += ["--chardev", f"socket,path={self.qmp_socket},server=on,wait=off,id=qmp"]
@@ -69,8 +74,11 @@ class StorageDaemon:
                 vhost = f"addr.type=unix,addr.path={self.root}/{disk}.vhost"
                 command += ["--export", f"type=vhost-user-blk,{vhost},{export}"]
         self.qmp_socket.unlink(missing_ok=True)
-        # A write beyond a file size limit is to fail, not to kill the daemon: Python ignores SIGXFSZ.
-        self._process = subprocess.Popen(command, restore_signals=False)
+        # A write beyond a file size limit is to fail, not to kill the daemon: Python ignores
+        # SIGXFSZ.
+        self._process = subprocess.Popen(  # noqa: ASYNC220 - starts at once; stop() waits in a thread
+            command, restore_signals=False
+        )
         await self._wait_until_up()
         if nbd_server:
             for disk in self.disks:

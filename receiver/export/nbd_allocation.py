@@ -10,7 +10,8 @@ from replicator.nbd.protocol import STATE_HOLE, STATE_ZERO, StatusExtent
 
 
 class AllocationCursor:
-    """Walks a view's extents once for a client that asks in ascending order; starts anew where one goes back.
+    """Walks a view's extents once for a client that asks in ascending order; starts anew where one
+    goes back.
 
     Holds one extent and one answer. Not for use by two tasks at once.
     """
@@ -22,7 +23,8 @@ class AllocationCursor:
         self._covered = 0
 
     async def status(self, offset: int, length: int, limit: int) -> list[StatusExtent]:
-        """``base:allocation`` from ``offset`` on: at least one extent, at most ``limit``, within ``length`` bytes.
+        """``base:allocation`` from ``offset`` on: at least one extent, at most ``limit``, within
+        ``length`` bytes.
 
         Raises what the view raises. Cancellation costs no more than starting anew.
         """
@@ -55,7 +57,8 @@ class AllocationCursor:
                 # Stands for the end: nothing is beyond it.
                 self._extent = Extent(self._view.size, 1)
             except BaseException:
-                # A generator that raised, or was cancelled, has ended: the next question starts anew.
+                # A generator that raised, or was cancelled, has ended: the next question starts
+                # anew.
                 self._source = None
                 raise
         return self._extent if self._extent.offset < self._view.size else None

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""The server's side of NBD negotiation: which export, structured replies or not, allocation wanted or not."""
+"""The server's side of NBD negotiation: which export, structured replies or not, allocation wanted
+or not.
+"""
 
 from __future__ import annotations
 
@@ -67,7 +69,9 @@ class Negotiation:
         self._no_zeroes = False
 
     async def run(self) -> Chosen | None:
-        """Negotiate; None if the client chose to leave. Raises NbdProtocolError, NbdDisconnectedError."""
+        """Negotiate; None if the client chose to leave. Raises NbdProtocolError,
+        NbdDisconnectedError.
+        """
         greeting = HandshakeFlag.FIXED_NEWSTYLE | HandshakeFlag.NO_ZEROES
         await self._stream.send_all(GREETING.pack(INIT_MAGIC, OPTION_MAGIC, greeting))
         flags = U32.unpack(await self._receive(U32.size))[0]

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""An NBD server on trio for anything that is a ``DiskView``: read-only, several exports on one Unix socket.
+"""An NBD server on trio for anything that is a ``DiskView``: read-only, several exports on one Unix
+socket.
 
-Fixed newstyle with structured replies and ``base:allocation``, which is what QEMU, libnbd and our own
-client use. A client that goes away or speaks nonsense ends its own connection and nothing else. Memory
-per connection is bounded: at most ``_DEPTH`` pieces of ``_PIECE`` bytes, whatever lengths the client asks for.
+Fixed newstyle with structured replies and ``base:allocation``, which is what QEMU, libnbd and our
+own client use. A client that goes away or speaks nonsense ends its own connection and nothing else.
+Memory per connection is bounded: at most ``_DEPTH`` pieces of ``_PIECE`` bytes, whatever lengths
+the client asks for.
 """
 
 from __future__ import annotations
@@ -67,10 +69,12 @@ async def serve_nbd(
     on_error: OnError = _ignore,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Serve ``exports`` (name to view; the empty name is the default export) on a Unix socket until cancelled.
+    """Serve ``exports`` (name to view; the empty name is the default export) on a Unix socket until
+    cancelled.
 
-    An old socket at ``path`` is removed first, and ours at the end; only the owner can connect. Reports started when
-    clients can connect. Raises StateError if the socket cannot be made. Cancellation drops every client.
+    An old socket at ``path`` is removed first, and ours at the end; only the owner can connect.
+    Reports started when clients can connect. Raises StateError if the socket cannot be made.
+    Cancellation drops every client.
     """
     listener = await _listen(path)
     limit = trio.CapacityLimiter(CONNECTIONS_MAX)
@@ -249,7 +253,9 @@ class _Session:
             await self._send(head + U64.pack(offset), data)
 
     async def _stream_simple(self, request: Request, first: bytes) -> None:
-        """A long read without structured replies: one head, then pieces. A failure now can only cut the connection."""
+        """A long read without structured replies: one head, then pieces. A failure now can only cut
+        the connection.
+        """
         offset = request.offset + len(first)
         end = request.offset + request.length
         async with self._send_lock:

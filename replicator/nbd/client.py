@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
 """An NBD client on trio, over a Unix socket, with many requests in flight and no task of its own.
 
-Whoever waits for a reply reads the socket for all who wait ("leader"), and hands that duty on when its own reply has
-come. So a client needs no nursery, may be kept in any object, and a cancelled request harms nobody: what was read so
-far stays in the client, and the reply that still comes is read past.
+Whoever waits for a reply reads the socket for all who wait ("leader"), and hands that duty on when
+its own reply has come. So a client needs no nursery, may be kept in any object, and a cancelled
+request harms nobody: what was read so far stays in the client, and the reply that still comes is
+read past.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ from replicator.nbd.replies import Pending, ReplyParser
 
 CONNECT_TIMEOUT_S = 30.0
 DISCONNECT_TIMEOUT_S = 5.0
-#: Replies not yet read, those of cancelled requests included. More means a server that has stopped answering.
+#: Replies not yet read, those of cancelled requests included. More means a server that has stopped
+#: answering.
 PENDING_MAX = 1024
 SPARES_MAX = 16
 _SPARE_SIZE = 1 << 20
@@ -41,12 +43,14 @@ _STATUS_STEP = 1 << 30
 
 
 class NbdClient:
-    """One connection to one export. Make it with ``connect`` or ``open_nbd``; close it with ``aclose``.
+    """One connection to one export. Make it with ``connect`` or ``open_nbd``; close it with
+    ``aclose``.
 
-    Requests may be made from any number of tasks; at most ``depth`` travel at once. A request that fails raises NbdError
-    with the server's error number, and the client can be used on; NbdDisconnectedError and NbdProtocolError are final.
-    Cancelling a request gives up its answer only: a write may still take effect. Being cancelled while a request was
-    half sent (a write to a server that does not read) ends the connection.
+    Requests may be made from any number of tasks; at most ``depth`` travel at once. A request that
+    fails raises NbdError with the server's error number, and the client can be used on;
+    NbdDisconnectedError and NbdProtocolError are final. Cancelling a request gives up its answer
+    only: a write may still take effect. Being cancelled while a request was half sent (a write to a
+    server that does not read) ends the connection.
     """
 
     def __init__(
@@ -72,9 +76,11 @@ class NbdClient:
     async def connect(
         cls, path: Path, export: str, *, contexts: Sequence[str] = (), depth: int = 16
     ) -> NbdClient:
-        """Connect to the server at ``path`` and open ``export`` with the metadata ``contexts`` that it has.
+        """Connect to the server at ``path`` and open ``export`` with the metadata ``contexts`` that
+        it has.
 
-        Raises NbdError (code ENOENT: no such export) within CONNECT_TIMEOUT_S. Cancellation closes the connection.
+        Raises NbdError (code ENOENT: no such export) within CONNECT_TIMEOUT_S. Cancellation closes
+        the connection.
         """
         sock = trio.socket.socket(trio.socket.AF_UNIX, trio.socket.SOCK_STREAM)
         try:
@@ -109,7 +115,9 @@ class NbdClient:
         return frozenset(self._contexts)
 
     async def read(self, offset: int, length: int) -> bytes:
-        """Read exactly ``length`` bytes; longer than the server's largest block: several requests in turn."""
+        """Read exactly ``length`` bytes; longer than the server's largest block: several requests
+        in turn.
+        """
         self._check_range(offset, length)
         unit = self._info.block_min
         start = offset // unit * unit
@@ -128,7 +136,8 @@ class NbdClient:
     async def _read(self, offset: int, length: int, skip: int, keep: int) -> bytes:
         """Bytes ``skip`` to ``skip + keep`` of one read request.
 
-        Received into a buffer used before, then copied: pages that the process already has cost less than the copy.
+        Received into a buffer used before, then copied: pages that the process already has cost
+        less than the copy.
         """
         buffer = self._spare.pop() if self._spare else bytearray(_SPARE_SIZE)
         if len(buffer) < length:
@@ -142,10 +151,11 @@ class NbdClient:
         return data
 
     async def block_status(self, offset: int, length: int, context: str) -> list[StatusExtent]:
-        """What ``context`` says of the whole range: ascending extents without gaps, neighbours of equal flags joined.
+        """What ``context`` says of the whole range: ascending extents without gaps, neighbours of
+        equal flags joined.
 
-        The list is as long as the range is fragmented: ask for bounded ranges. Raises NbdError, KeyError for a context
-        that was not negotiated.
+        The list is as long as the range is fragmented: ask for bounded ranges. Raises NbdError,
+        KeyError for a context that was not negotiated.
         """
         number = self._contexts[context]
         self._check_range(offset, length)
@@ -164,7 +174,9 @@ class NbdClient:
         return result
 
     async def write(self, offset: int, data: bytes, *, fua: bool = False) -> None:
-        """Write ``data`` (at most the server's largest block); with ``fua`` it is durable when this returns."""
+        """Write ``data`` (at most the server's largest block); with ``fua`` it is durable when this
+        returns.
+        """
         self._check_range(offset, len(data))
         if len(data) > min(self._info.block_max, PAYLOAD_MAX):
             raise ValueError(f"write of {len(data)} bytes: the server takes {self._info.block_max}")
@@ -219,7 +231,8 @@ class NbdClient:
             try:
                 await self._wait(pending)
             finally:
-                # Here and nowhere else: a task that was woken to lead and cancelled before it ran hands on, too.
+                # Here and nowhere else: a task that was woken to lead and cancelled before it ran
+                # hands on, too.
                 pending.waiting = False
                 if self._leader is None:
                     self._hand_over()

@@ -63,8 +63,8 @@ async def negotiate(
 ) -> tuple[ExportInfo, dict[str, int]]:
     """Negotiate structured replies, ``contexts`` and the export; the result is ready for requests.
 
-    Returns the export's facts and the id of each context that the server has (asking for one that it has not is no
-    error here). Raises NbdError. Cancellation leaves the connection of no use.
+    Returns the export's facts and the id of each context that the server has (asking for one that
+    it has not is no error here). Raises NbdError. Cancellation leaves the connection of no use.
     """
     head = await receive_exactly(sock, GREETING.size)
     init, option_magic, flags = GREETING.unpack(head)

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""The NBD protocol's numbers and messages, shared by our client and our server. No input or output here.
+"""The NBD protocol's numbers and messages, shared by our client and our server. No input or output
+here.
 
-Source of every number: the NBD project's ``doc/proto.md`` (fixed newstyle negotiation, structured replies, metadata
-contexts). Every length that a peer names is checked against a bound before anyone waits for, or allocates, that much.
+Source of every number: the NBD project's ``doc/proto.md`` (fixed newstyle negotiation, structured
+replies, metadata contexts). Every length that a peer names is checked against a bound before anyone
+waits for, or allocates, that much.
 """
 
 from __future__ import annotations
@@ -146,7 +148,9 @@ STATUS = struct.Struct(">II")
 
 
 class NbdError(SourceError):
-    """An NBD server refused or failed a request; ``code`` is its error number (errno), 0 if it gave none."""
+    """An NBD server refused or failed a request; ``code`` is its error number (errno), 0 if it gave
+    none.
+    """
 
     def __init__(self, message: str, code: int = 0) -> None:
         super().__init__(message)
@@ -302,7 +306,9 @@ def decode_contexts(payload: bytes) -> tuple[str, list[str]]:
 
 
 def decode_info(payload: bytes, known: ExportInfo | None) -> ExportInfo | None:
-    """Add one INFO reply to what is known of an export. Kinds that we did not ask for change nothing."""
+    """Add one INFO reply to what is known of an export. Kinds that we did not ask for change
+    nothing.
+    """
     reader = Reader(payload)
     kind = reader.u16()
     if kind == Info.EXPORT:
@@ -327,7 +333,8 @@ def decode_info(payload: bytes, known: ExportInfo | None) -> ExportInfo | None:
 def decode_status(
     payload: bytes | bytearray, offset: int, length: int
 ) -> tuple[int, list[StatusExtent]]:
-    """Context id and extents of a BLOCK_STATUS chunk for a request of ``length`` bytes at ``offset``.
+    """Context id and extents of a BLOCK_STATUS chunk for a request of ``length`` bytes at
+    ``offset``.
 
     The last extent may say more than was asked: it is cut. Raises NbdProtocolError.
     """
@@ -346,5 +353,7 @@ def decode_status(
 
 
 def error_text(code: int) -> str:
-    """The operating system's words for an NBD error number (they are Linux errnos by specification)."""
+    """The operating system's words for an NBD error number (they are Linux errnos by
+    specification).
+    """
     return errno.errorcode.get(code, f"error {code}")

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""Takes an NBD server's reply stream apart without input or output: a buffer to fill in, finished requests out.
+"""Takes an NBD server's reply stream apart without input or output: a buffer to fill in, finished
+requests out.
 
-Data lands where it belongs: once a chunk's head is known, the next bytes are received straight into the buffer of the
-request that asked for them.
+Data lands where it belongs: once a chunk's head is known, the next bytes are received straight into
+the buffer of the request that asked for them.
 """
 
 from __future__ import annotations
@@ -58,8 +59,9 @@ class Pending:
 class ReplyParser:
     """Reply stream in, finished requests out.
 
-    Receive into ``target()``, then say how much came with ``received``: it yields what that finished. Raises
-    NbdProtocolError when the server breaks the protocol; then the parser is of no more use.
+    Receive into ``target()``, then say how much came with ``received``: it yields what that
+    finished. Raises NbdProtocolError when the server breaks the protocol; then the parser is of no
+    more use.
     """
 
     def __init__(self, pending: dict[int, Pending]) -> None:

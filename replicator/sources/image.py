@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
 """Plain raw images and block devices as a source, without change tracking.
 
-Where the file system can (``FICLONE``: XFS, btrfs), a snapshot is a clone of each image. Elsewhere the images are read
-in place, and nobody may write to them meanwhile: inode, size and times are recorded, and a change of any of them ends the
-snapshot. Best effort, both ways: writes between the clones of two disks are seen by their times only, and a block
-device's times say nothing of writes through it. A running VM needs ``source = qemu``.
+Where the file system can (``FICLONE``: XFS, btrfs), a snapshot is a clone of each image. Elsewhere
+the images are read in place, and nobody may write to them meanwhile: inode, size and times are
+recorded, and a change of any of them ends the snapshot. Best effort, both ways: writes between the
+clones of two disks are seen by their times only, and a block device's times say nothing of writes
+through it. A running VM needs ``source = qemu``.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ _CANNOT_CLONE = frozenset(
 _READS_MAX = 16
 _EXTENTS_AT_ONCE = 1024
 _RECORD_LENGTH_MAX = 1 << 20
-#: Times on files come from a clock that may tick this rarely: a younger time would hide a write that follows.
+#: Times on files come from a clock that may tick this rarely: a younger time would hide a write
+#: that follows.
 _SETTLED_NS = 50_000_000
 _SETTLE_TRIES = 100
 _CHANGED = "image changed while it was being read: stop what writes to it or use source = qemu ({})"
@@ -129,7 +131,9 @@ class ImageView:
         return bytes(buffer)
 
     async def extents(self, since: str | None = None) -> AsyncGenerator[Extent, None]:
-        """Everything but holes. ``since`` anything raises ReferenceLostError: nobody recorded changes."""
+        """Everything but holes. ``since`` anything raises ReferenceLostError: nobody recorded
+        changes.
+        """
         if since is not None:
             raise ReferenceLostError("plain images record no changes: digests are compared")
         at = 0
@@ -199,10 +203,12 @@ class ImageSnapshot:
 
 
 class ImageSource:
-    """A VM given as plain images or block devices: ``disks`` is disk id to path. Implements ``Source``.
+    """A VM given as plain images or block devices: ``disks`` is disk id to path. Implements
+    ``Source``.
 
-    ``working_dir`` belongs to this VM alone; clones need it on the images' file system. ``grain`` is only checked: without
-    change tracking nothing depends on it. Raises UsageError for disk ids that cannot be used.
+    ``working_dir`` belongs to this VM alone; clones need it on the images' file system. ``grain``
+    is only checked: without change tracking nothing depends on it. Raises UsageError for disk ids
+    that cannot be used.
     """
 
     def __init__(self, name: str, disks: Mapping[str, Path], working_dir: Path, grain: int) -> None:
@@ -224,7 +230,9 @@ class ImageSource:
         return VmIdentity(uuid5(_UUID_NAMESPACE, self._name), self._name)
 
     async def take(self, name: SnapshotName) -> ImageSnapshot:
-        """See ``Source``. Raises UsageError for a missing image, SourceError for one that is being written to."""
+        """See ``Source``. Raises UsageError for a missing image, SourceError for one that is being
+        written to.
+        """
         names.check_push_id(name.push_id)
         tokens = await self._settled_tokens()
         record = await trio.to_thread.run_sync(self._take, name.push_id, tokens)

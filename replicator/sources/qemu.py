@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
 """A VM in a running QEMU, or images in a ``qemu-storage-daemon``, as a source with change tracking.
 
-A snapshot is, for each disk, a dirty bitmap that starts, the reference's bitmap that stops, and a backup job that saves
-what the guest is about to overwrite into a scratch image; one QMP transaction makes all of it at one instant. The
-scratch image, with the disk behind it, is exported over NBD and reads as the disk was.
+A snapshot is, for each disk, a dirty bitmap that starts, the reference's bitmap that stops, and a
+backup job that saves what the guest is about to overwrite into a scratch image; one QMP transaction
+makes all of it at one instant. The scratch image, with the disk behind it, is exported over NBD and
+reads as the disk was.
 
-If scratch space ran out, QEMU 7 would fail the *guest's* write. So ``take`` wants free space, and while a snapshot is
-read the free space is watched: the snapshot ends before the guest notices (``scratch_free_min``).
+If scratch space ran out, QEMU 7 would fail the *guest's* write. So ``take`` wants free space, and
+while a snapshot is read the free space is watched: the snapshot ends before the guest notices
+(``scratch_free_min``).
 """
 
 from __future__ import annotations
@@ -56,10 +58,11 @@ _GUARD_INTERVAL_S = 1.0
 class QemuSource:
     """The VM behind one QMP socket. Implements ``Source``.
 
-    ``working_dir`` belongs to this VM alone: it takes the scratch images (as large as what the guest overwrites while
-    a snapshot lives), small records, and QEMU's NBD socket; QEMU must be able to write there. ``nbd_socket`` names an
-    NBD server that the QEMU process runs already (it can have only one). ``grain`` is the bitmaps' unit in bytes.
-    ``scratch_free_min``: below so many free bytes no snapshot is taken, and one that is being read ends.
+    ``working_dir`` belongs to this VM alone: it takes the scratch images (as large as what the
+    guest overwrites while a snapshot lives), small records, and QEMU's NBD socket; QEMU must be
+    able to write there. ``nbd_socket`` names an NBD server that the QEMU process runs already (it
+    can have only one). ``grain`` is the bitmaps' unit in bytes. ``scratch_free_min``: below so many
+    free bytes no snapshot is taken, and one that is being read ends.
 
     A method that fails or is cancelled leaves what ``abandon`` removes.
     """
@@ -79,7 +82,8 @@ class QemuSource:
         self._name = name
         self._grain = grain
         self._scratch_free_min = scratch_free_min
-        # The same for every process that serves this VM: what an earlier one started is found again.
+        # The same for every process that serves this VM: what an earlier one started is found
+        # again.
         key = names.socket_key(qmp_socket)
         self._own_socket = working_dir / f"qemu-{key}.sock" if nbd_socket is None else None
         self._nbd_socket = nbd_socket or working_dir / f"qemu-{key}.sock"
@@ -87,7 +91,9 @@ class QemuSource:
         check_socket_path(self._nbd_socket, "NBD socket")
 
     async def identify(self) -> VmIdentity:
-        """UUID and name from QEMU; without a UUID there, one made from the name. Raises SourceError."""
+        """UUID and name from QEMU; without a UUID there, one made from the name. Raises
+        SourceError.
+        """
         async with open_qmp(self._qmp_socket) as qmp:
             uuid = await read_uuid(qmp)
             name = self._name or await read_name(qmp)
@@ -167,7 +173,8 @@ class QemuSource:
         prefix = names.node_prefix(live) if live is not None else None
         async with self._removal() as removal:
             strays = await self._known_pushes(removal.qmp) - {push for push in kept if push}
-            # Snapshots first: their exports hold bitmaps. Of the reference, too, nothing but the bitmap stays.
+            # Snapshots first: their exports hold bitmaps. Of the reference, too, nothing but the
+            # bitmap stays.
             await removal.end_snapshots(
                 lambda push: push != live,
                 lambda node: prefix is None or not node.startswith(prefix),
@@ -199,7 +206,9 @@ class QemuSource:
             return None
 
     async def _clear_way(self, qmp: QmpClient, name: SnapshotName) -> Inventory:
-        """Remove what an earlier attempt of the same push left; refuse if another push's snapshot is alive."""
+        """Remove what an earlier attempt of the same push left; refuse if another push's snapshot
+        is alive.
+        """
         inventory = await take_inventory(qmp)
         pushes = {names.push_of_object(o) for o in (*inventory.jobs, *inventory.exports)} - {None}
         others = pushes - {name.push_id}
@@ -211,13 +220,19 @@ class QemuSource:
         if others or strange:
             what = ", ".join(sorted(f"push {push}" for push in others)) or "an earlier push"
             raise SourceError(f"the snapshot of {what} is still there: abandon it or sweep")
-        await _abandon(Removal(qmp, self._dir, self._own_socket), name)
-        return await take_inventory(qmp)
+        bitmap = names.bitmap_name(name.push_id)
+        begun = any(bitmap in node.bitmaps for node in inventory.nodes.values())
+        if begun or pushes or inventory.our_nodes:
+            await _abandon(Removal(qmp, self._dir, self._own_socket), name)
+            inventory = await take_inventory(qmp)
+        return inventory
 
     async def _plan(
         self, name: SnapshotName, disks: list[Disk]
     ) -> tuple[SnapshotRecord, list[dict[str, Any]]]:
-        """The record of the snapshot to be, and the actions that remove bitmaps which are of no use any more."""
+        """The record of the snapshot to be, and the actions that remove bitmaps which are of no use
+        any more.
+        """
         earlier: dict[str, int] = {}
         if name.reference is not None:
             record = await self._load_lenient(name.reference)
@@ -311,7 +326,9 @@ class QemuSource:
         )
 
     async def _check(self, record: SnapshotRecord) -> None:
-        """Raise SnapshotGoneError unless every job and export of the snapshot is alive and has room."""
+        """Raise SnapshotGoneError unless every job and export of the snapshot is alive and has
+        room.
+        """
         await self._guard(record)
         try:
             async with open_qmp(self._qmp_socket) as qmp:

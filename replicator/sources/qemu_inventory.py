@@ -118,7 +118,8 @@ async def read_name(qmp: QmpClient) -> str | None:
 
 
 async def find_disks(qmp: QmpClient, inventory: Inventory) -> list[Disk]:
-    """The VM's disks by identity: in QEMU what its devices hold, in a storage daemon what it exports writable.
+    """The VM's disks by identity: in QEMU what its devices hold, in a storage daemon what it
+    exports writable.
 
     Left out: removable media, what is read-only, and the firmware's flash. Raises SourceError.
     """

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
 """Removes what a snapshot consists of in a QEMU process and in the working directory.
 
-Everything is found by name and removed in the reverse order of its making; what is not there is taken as removed. So
-each step may be repeated, and may begin with any part of a snapshot that a killed process left.
+Everything is found by name and removed in the reverse order of its making; what is not there is
+taken as removed. So each step may be repeated, and may begin with any part of a snapshot that a
+killed process left.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ class Removal:
     """Removal over the connection ``qmp``. ``removed`` collects the names of what was removed."""
 
     def __init__(self, qmp: QmpClient, working_dir: Path, nbd_socket: Path | None) -> None:
-        """``nbd_socket``: where an NBD server that we started listens; None: the server is not ours."""
+        """``nbd_socket``: where an NBD server that we started listens; None: the server is not
+        ours.
+        """
         self.qmp = qmp
         self._dir = working_dir
         self._nbd_socket = nbd_socket
@@ -40,7 +43,9 @@ class Removal:
     async def end_snapshots(
         self, wanted: Callable[[str], bool], wanted_node: Callable[[str], bool]
     ) -> None:
-        """The same for each push that ``wanted`` accepts; its nodes tell no push, so they are asked for apart."""
+        """The same for each push that ``wanted`` accepts; its nodes tell no push, so they are asked
+        for apart.
+        """
         inventory = await take_inventory(self.qmp)
         for export in _of(inventory.exports, wanted):
             await self._remove_export(export)
@@ -85,7 +90,9 @@ class Removal:
         hint: Callable[[Event], bool],
         done: Callable[[Inventory], bool],
     ) -> None:
-        """Wait until ``done``. Events only say when to look again: they may have come before we listened."""
+        """Wait until ``done``. Events only say when to look again: they may have come before we
+        listened.
+        """
         with trio.move_on_after(SETTLE_TIMEOUT_S):
             while not done(await take_inventory(self.qmp)):
                 await self.qmp.wait_event(hint, _POLL_S)
@@ -93,7 +100,9 @@ class Removal:
         raise QmpError(f"QEMU did not end {what} in {SETTLE_TIMEOUT_S:g} s")
 
     async def _stop_server(self) -> None:
-        """Stop an NBD server that we started and that nobody uses: QEMU has only one, others may want it."""
+        """Stop an NBD server that we started and that nobody uses: QEMU has only one, others may
+        want it.
+        """
         if self._nbd_socket is None or not self._nbd_socket.is_socket():
             return
         if (await take_inventory(self.qmp)).nbd_exports:
@@ -103,10 +112,11 @@ class Removal:
         await trio.to_thread.run_sync(durable.unlink, self._nbd_socket)
 
     async def restore_reference(self, push_id: str, reference: str | None) -> None:
-        """Let the reference's bitmap go on as if the push's snapshot had never been, then drop the push's.
+        """Let the reference's bitmap go on as if the push's snapshot had never been, then drop the
+        push's.
 
-        One transaction for all disks. A reference's bitmap that has missed changes is removed: nothing is better than
-        a bitmap that tells less than the truth.
+        One transaction for all disks. A reference's bitmap that has missed changes is removed:
+        nothing is better than a bitmap that tells less than the truth.
         """
         inventory = await take_inventory(self.qmp)
         actions: list[dict[str, Any]] = []
@@ -163,7 +173,8 @@ def _restore(node: Node, push_id: str, reference: str | None) -> list[dict[str, 
         merge = {"node": node.name, "target": old.name, "bitmaps": [new.name]}
         enable = [] if old.recording else [_action("enable", node, old.name)]
         return [*enable, {"type": "block-dirty-bitmap-merge", "data": merge}, *remove_new]
-    # While the reference's bitmap stood still, another of ours may record for it: then it is not for us to judge.
+    # While the reference's bitmap stood still, another of ours may record for it: then it is not
+    # for us to judge.
     others = (b for b in node.bitmaps.values() if names.push_of_bitmap(b.name) is not None)
     if old.recording or any(b.recording for b in others if b is not new):
         return remove_new

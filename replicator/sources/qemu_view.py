@@ -24,8 +24,9 @@ WINDOW = 1 << 30
 class QemuDiskView:
     """A ``DiskView`` over an NBD export of a scratch node.
 
-    ``reference``: the push whose bitmap is exported along, None if there is none. ``lost``: why not. ``known_size``: how
-    long the disk was at the reference; what lies beyond has no history. ``guard`` runs before each read.
+    ``reference``: the push whose bitmap is exported along, None if there is none. ``lost``: why
+    not. ``known_size``: how long the disk was at the reference; what lies beyond has no history.
+    ``guard`` runs before each read.
     """
 
     def __init__(

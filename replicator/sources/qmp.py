@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
 """A small QMP client: JSON lines over QEMU's Unix socket, one command at a time.
 
-A QMP socket serves one client: connect for an operation, then leave it to others. Source of the protocol: QEMU's
-``docs/interop/qmp-spec.rst``.
+A QMP socket serves one client: connect for an operation, then leave it to others. Source of the
+protocol: QEMU's ``docs/interop/qmp-spec.rst``.
 """
 
 from __future__ import annotations
@@ -88,7 +88,8 @@ class QmpClient:
     async def wait_event(self, wanted: Callable[[Event], bool], timeout_s: float) -> Event | None:
         """The first event, buffered or to come, that ``wanted`` accepts; None when time is up.
 
-        Buffered are the last EVENTS_MAX events since the connection began; those looked at are dropped.
+        Buffered are the last EVENTS_MAX events since the connection began; those looked at are
+        dropped.
         """
         while self._events:
             event = self._events.popleft()
@@ -144,7 +145,8 @@ def check_socket_path(path: Path, what: str) -> None:
 async def open_qmp(path: Path, *, timeout_s: float = COMMAND_TIMEOUT_S) -> AsyncIterator[QmpClient]:
     """Connect to the QMP socket at ``path``; closed at the end of the context.
 
-    Raises QmpGoneError where nobody serves it, QmpError where another client holds it. ``timeout_s`` bounds each command.
+    Raises QmpGoneError where nobody serves it, QmpError where another client holds it.
+    ``timeout_s`` bounds each command.
     """
     check_socket_path(path, "QMP socket")
     try:

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""What our objects in a QEMU process and in a working directory are called: all begin with ``replctl-``.
+"""What our objects in a QEMU process and in a working directory are called: all begin with
+``replctl-``.
 
-An id tells the push by itself, except a node's: QEMU allows node names 31 characters, so they carry a hash.
+An id tells the push by itself, except a node's: QEMU allows node names 31 characters, so they carry
+a hash.
 """
 
 from __future__ import annotations
@@ -84,7 +86,9 @@ def push_of_file(name: str) -> str | None:
 
 
 def is_record(name: str) -> bool:
-    """Whether a file of ours is a record, which lives as long as its bitmap, not only as the snapshot."""
+    """Whether a file of ours is a record, which lives as long as its bitmap, not only as the
+    snapshot.
+    """
     return name.endswith(".json")
 
 
@@ -97,7 +101,8 @@ def socket_key(qmp_socket: Path) -> str:
 class DiskRecord:
     """One disk of a snapshot, sizes in bytes.
 
-    ``reference_size``: how long the disk was at the reference. ``lost``: why changes since then are not known.
+    ``reference_size``: how long the disk was at the reference. ``lost``: why changes since then are
+    not known.
     """
 
     identity: str

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""What every source of disks must do: checks over a ``SourceLab``, run for each source by its own test file."""
+"""What every source of disks must do: checks over a ``SourceLab``, run for each source by its own
+test file.
+"""
 
 from __future__ import annotations
 

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from replicator.nbd.client import open_nbd
 from replicator.sources.qemu import QemuSource
 from tests.lab_qemu import StorageDaemon
@@ -12,7 +14,7 @@ from tests.sources.conformance import GRAIN
 class QemuLab:
     tracks = True
     live = True
-    SIZES = {"disk-a": 128 * GRAIN, "disk-b": 129 * GRAIN + 512}
+    SIZES: ClassVar = {"disk-a": 128 * GRAIN, "disk-b": 129 * GRAIN + 512}
 
     def __init__(self, daemon: StorageDaemon) -> None:
         self.daemon = daemon
