@@ -237,3 +237,10 @@ def test_a_record_that_the_format_does_not_allow_is_not_made(offset: int, length
         encode_data(make_header(), offset, b"x" * length, None)
     with pytest.raises(ValueError, match="block"):
         zero_record(make_header(), offset, length)
+
+
+def test_a_reverse_delta_leads_from_the_later_point_to_the_earlier_one() -> None:
+    header = make_header(base=8, target=7)
+    first = events_of(write_stream(header, []))[0]
+    assert isinstance(first, Header)
+    assert (first.header.base_point, first.header.target_point) == (8, 7)
