@@ -69,11 +69,15 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """A push that is a recovery point now."""
+    """A push that is a recovery point now.
+
+    ``resumed``: an earlier session or process began it; ``resumed_at`` of its bytes were safe at the receiver already.
+    """
 
     point: Point
     resumed: bool
     reason: str
+    resumed_at: int = 0
 
 
 class Pusher:
@@ -99,6 +103,7 @@ class Pusher:
         self._work = config.work_path
         self._swept = False
         self._seed_next = False
+        self._resumed_at = 0
         self._vm_id = UUID(int=0)
         self._name = ""
 
@@ -287,7 +292,7 @@ class Pusher:
         except (SnapshotGoneError, ReferenceLostError) as error:
             await self._abandon(entry, str(error), None)
             raise
-        return Outcome(await self._committed(entry, answer), resumed, reason)
+        return Outcome(await self._committed(entry, answer), resumed, reason, self._resumed_at)
 
     async def _send(
         self, connection: Connection, entry: PushEntry, snapshot: Snapshot
@@ -314,6 +319,9 @@ class Pusher:
             else:
                 raise WireError("the receiver cannot go on where this side can")
             connection.begin(ready.positions)
+            self._resumed_at = sum(ready.positions)
+            if self._resumed_at:
+                _logger.info("%d bytes are safe at the receiver already", self._resumed_at)
             for job in jobs:
                 await send_disk(job, connection, self._cpus, self._progress(jobs, job))
             await snapshot.check()
