@@ -80,6 +80,7 @@ class Spool:
         """The end of the stream; the skeleton is durable then."""
         self._flush()
         self._file.sync()
+        durable.sync_dir(self.path.parent)
         return [self.writer.finish()]
 
     def close(self) -> None:
