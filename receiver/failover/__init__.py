@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""What a failover does to the world: test clones."""
+"""The hands of the failover state machine: test clones of recovery points."""
