@@ -35,6 +35,7 @@ ORDER = (
     "replicator.log",
     "replicator.wire",
     "replicator.config",
+    "replicator.state_dir",
     "replicator.nbd",
     "replicator.sources",
     "replicator.push",

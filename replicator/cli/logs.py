@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""Logging of every command: one line each on stderr, as much of it as ``verbose`` asks for."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+
+from replicator.cli.text import one_line
+
+_OURS = ("eventstore", "replicator", "receiver", "bacula_adapter")
+_LEVELS = (logging.ERROR, logging.INFO, logging.DEBUG, logging.DEBUG)
+
+
+class _StderrHandler(logging.Handler):
+    """Writes to what is stderr at that moment: a progress display puts itself in between."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one line; stderr that is gone is nobody's error."""
+        try:
+            sys.stderr.write(self.format(record) + "\n")
+            sys.stderr.flush()
+        except OSError:
+            self.handleError(record)
+
+
+class _Formatter(logging.Formatter):
+    def __init__(self, *, tracebacks: bool) -> None:
+        super().__init__(
+            "%(asctime)s.%(msecs)03dZ %(levelname)-7s %(message)s", "%Y-%m-%dT%H:%M:%S"
+        )
+        self.converter = time.gmtime
+        self._tracebacks = tracebacks
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
+        """The record in one line."""
+        record.message = one_line(record.message)
+        return super().formatMessage(record)
+
+    def format(self, record: logging.LogRecord) -> str:
+        """One line; the traceback, if there is one, only at verbose 3."""
+        if self._tracebacks:
+            return super().format(record)
+        bare = logging.makeLogRecord(
+            {**record.__dict__, "exc_info": None, "exc_text": None, "stack_info": None}
+        )
+        return super().format(bare)
+
+
+def configure(verbose: int) -> None:
+    """Send log records to stderr: 0 errors, 1 normal, 2 debug of ours, 3 also of libraries, with tracebacks."""
+    root = logging.getLogger()
+    for handler in [handler for handler in root.handlers if isinstance(handler, _StderrHandler)]:
+        root.removeHandler(handler)
+    handler = _StderrHandler()
+    handler.setFormatter(_Formatter(tracebacks=verbose >= 3))
+    root.addHandler(handler)
+    # A library's own news are not an operator's, but its warnings are.
+    root.setLevel(logging.DEBUG if verbose >= 3 else max(_LEVELS[verbose], logging.WARNING))
+    for name in _OURS:
+        logging.getLogger(name).setLevel(_LEVELS[verbose])
+
+
+__all__ = ["configure"]

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""Tables for a person. They show what the JSON of docs/json.md holds, and nothing else."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from replicator.cli.text import duration, one_line, size
+
+#: Columns where nobody watches: a table in a file or a pipe is not cut to a terminal's width.
+_WIDTH = 240
+_STYLES = {
+    "protected": "green",
+    "ok": "green",
+    "verified": "bold green",
+    "held": "cyan",
+    "testing": "cyan",
+    "damaged": "bold red",
+}
+_ENVELOPE = {"id", "at", "kind"}
+
+
+def show_status(vms: Sequence[dict[str, Any]]) -> None:
+    """VmStatus objects as a table, and their warnings below it."""
+    rows = []
+    for vm in vms:
+        last = vm["last_cycle"]
+        what = (
+            "-"
+            if last is None
+            else f"{last['kind']}, {size(last['bytes_pushed'])} in {duration(last['duration_s'])}"
+        )
+        age = "-" if vm["rpo_age_s"] is None else duration(vm["rpo_age_s"])
+        newest = "-" if vm["newest_point"] is None else str(vm["newest_point"])
+        rows.append(
+            [vm["vm"], vm["role"], vm["state"], newest, age, what, str(len(vm["warnings"]) or "")]
+        )
+    _table(
+        ["VM", "role", "state", "newest point", "RPO age", "last cycle", "warnings"], rows, styled=2
+    )
+    for vm in vms:
+        for warning in vm["warnings"]:
+            _console().print(
+                Text(f"{one_line(vm['vm'])}: {one_line(warning)}", style="yellow"), soft_wrap=True
+            )
+
+
+def show_points(points: Sequence[dict[str, Any]]) -> None:
+    """PointInfo objects as a table."""
+    rows = [
+        [
+            str(point["point"]),
+            point["taken_at"],
+            point["committed_at"],
+            "-" if point["parent"] is None else str(point["parent"]),
+            size(point["bytes_pushed"]),
+            point["state"],
+            point["root"][:16],
+        ]
+        for point in points
+    ]
+    _table(["point", "taken", "committed", "parent", "pushed", "state", "root"], rows, styled=5)
+
+
+def show_history(events: Sequence[dict[str, Any]]) -> None:
+    """Events as a table; what is particular to a kind stands in the last column."""
+    rows = [[str(event["id"]), event["at"], event["kind"], _details(event)] for event in events]
+    _table(["id", "at", "event", "details"], rows)
+
+
+def _details(event: dict[str, Any]) -> str:
+    parts = []
+    for name, value in event.items():
+        if name in _ENVELOPE or value is None:
+            continue
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            text = f"{name}: {len(value)}"
+        elif isinstance(value, dict):
+            text = ", ".join(f"{key}={inner}" for key, inner in value.items())
+        elif name == "root":
+            text = f"root={str(value)[:16]}"
+        else:
+            text = f"{name}={value}"
+        parts.append(text)
+    return ", ".join(parts)
+
+
+def _table(heads: Iterable[str], rows: Iterable[Sequence[str]], styled: int | None = None) -> None:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for head in heads:
+        table.add_column(head, overflow="fold")
+    for row in rows:
+        cells = [Text(one_line(cell)) for cell in row]
+        if styled is not None:
+            cells[styled].stylize(_STYLES.get(row[styled], "yellow"))
+        table.add_row(*cells)
+    _console().print(table)
+
+
+def _console() -> Console:
+    return Console(width=None if sys.stdout.isatty() else _WIDTH, highlight=False)
+
+
+__all__ = ["show_history", "show_points", "show_status"]
