@@ -75,7 +75,7 @@ class Negotiation:
         greeting = HandshakeFlag.FIXED_NEWSTYLE | HandshakeFlag.NO_ZEROES
         await self._stream.send_all(GREETING.pack(INIT_MAGIC, OPTION_MAGIC, greeting))
         flags = U32.unpack(await self._receive(U32.size))[0]
-        if flags & ~greeting or not flags & HandshakeFlag.FIXED_NEWSTYLE:
+        if flags & ~int(greeting) or not flags & HandshakeFlag.FIXED_NEWSTYLE:
             raise NbdProtocolError(f"client flags {flags:#x}", errno.EINVAL)
         self._no_zeroes = bool(flags & HandshakeFlag.NO_ZEROES)
         for _ in range(OPTIONS_MAX):

@@ -19,7 +19,6 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
 from uuid import UUID, uuid5
 
 import trio
@@ -31,13 +30,13 @@ from replicator.nbd.protocol import BASE_ALLOCATION, DIRTY_BITMAP
 from replicator.sources import snapshot_names as names
 from replicator.sources.base import SnapshotName, SourceDisk, VmIdentity
 from replicator.sources.qemu_inventory import (
-    Disk,
     Inventory,
     find_disks,
     read_name,
     read_uuid,
     take_inventory,
 )
+from replicator.sources.qemu_plan import instant, plan_record, reference_bitmaps, useless_bitmaps
 from replicator.sources.qemu_removal import Removal, answers
 from replicator.sources.qemu_view import QemuDiskView, QemuSnapshot
 from replicator.sources.qmp import (
@@ -47,7 +46,7 @@ from replicator.sources.qmp import (
     check_socket_path,
     open_qmp,
 )
-from replicator.sources.snapshot_names import DiskRecord, SnapshotRecord
+from replicator.sources.snapshot_names import SnapshotRecord
 
 _UUID_NAMESPACE = UUID("5f1c1bb1-5d9e-5a43-9a39-1f6d4f0e3b52")
 SCRATCH_FREE_MIN = 2 << 30
@@ -111,8 +110,9 @@ class QemuSource:
         async with open_qmp(self._qmp_socket) as qmp:
             inventory = await self._clear_way(qmp, name)
             disks = await find_disks(qmp, inventory)
-            record, useless = await self._plan(name, disks)
-            if useless:
+            earlier = await self._load_lenient(name.reference) if name.reference else None
+            record = plan_record(name, disks, earlier)
+            if useless := useless_bitmaps(record, disks):
                 await qmp.execute("transaction", actions=useless)
             await trio.to_thread.run_sync(record.save, self._dir)
             for index, disk in enumerate(record.disks):
@@ -128,7 +128,7 @@ class QemuSource:
             await self._start_server(qmp)
             record = record.taken(time.time_ns() // 1000)
             await trio.to_thread.run_sync(record.save, self._dir)
-            await self._transact(qmp, record, disks)
+            await qmp.execute("transaction", actions=instant(record, disks, self._grain))
             for index, disk in enumerate(record.disks):
                 await qmp.execute(
                     "block-export-add",
@@ -136,7 +136,7 @@ class QemuSource:
                     id=names.object_id(name.push_id, index),
                     name=names.object_id(name.push_id, index),
                     node_name=names.node_name(name.push_id, index),
-                    bitmaps=_bitmaps(record, disk),
+                    bitmaps=reference_bitmaps(record, disk),
                 )
         return await self._open(record)
 
@@ -227,53 +227,6 @@ class QemuSource:
             inventory = await take_inventory(qmp)
         return inventory
 
-    async def _plan(
-        self, name: SnapshotName, disks: list[Disk]
-    ) -> tuple[SnapshotRecord, list[dict[str, Any]]]:
-        """The record of the snapshot to be, and the actions that remove bitmaps which are of no use
-        any more.
-        """
-        earlier: dict[str, int] = {}
-        if name.reference is not None:
-            record = await self._load_lenient(name.reference)
-            earlier = {disk.identity: disk.size for disk in record.disks} if record else {}
-        planned: list[DiskRecord] = []
-        useless: list[dict[str, Any]] = []
-        for disk in disks:
-            known = earlier.get(disk.identity)
-            lost = _why_lost(disk, name.reference, known)
-            node = disk.node
-            planned.append(DiskRecord(disk.identity, node.name, node.size, known or 0, lost))
-            if lost and name.reference and names.bitmap_name(name.reference) in node.bitmaps:
-                data = {"node": node.name, "name": names.bitmap_name(name.reference)}
-                useless.append({"type": "block-dirty-bitmap-remove", "data": data})
-        return SnapshotRecord(name.push_id, name.reference, 0, tuple(planned)), useless
-
-    async def _transact(self, qmp: QmpClient, record: SnapshotRecord, disks: list[Disk]) -> None:
-        """The instant."""
-        actions: list[dict[str, Any]] = []
-        for index, (disk, planned) in enumerate(zip(disks, record.disks, strict=True)):
-            bitmap: dict[str, Any] = {
-                "node": planned.node,
-                "name": names.bitmap_name(record.push_id),
-                "granularity": self._grain,
-            }
-            if disk.node.keeps_bitmaps:
-                bitmap["persistent"] = True
-            actions.append({"type": "block-dirty-bitmap-add", "data": bitmap})
-            actions.extend(
-                {"type": "block-dirty-bitmap-disable", "data": {"node": planned.node, "name": old}}
-                for old in _bitmaps(record, planned)
-            )
-            backup = {
-                "job-id": names.object_id(record.push_id, index),
-                "device": planned.node,
-                "target": names.node_name(record.push_id, index),
-                "sync": "none",
-            }
-            actions.append({"type": "blockdev-backup", "data": backup})
-        await qmp.execute("transaction", actions=actions)
-
     async def _start_server(self, qmp: QmpClient) -> None:
         if self._own_socket is None:
             return
@@ -294,7 +247,7 @@ class QemuSource:
         disks: list[SourceDisk] = []
         try:
             for index, disk in enumerate(record.disks):
-                bitmaps = _bitmaps(record, disk)
+                bitmaps = reference_bitmaps(record, disk)
                 contexts = [BASE_ALLOCATION, *(DIRTY_BITMAP + bitmap for bitmap in bitmaps)]
                 export = names.object_id(record.push_id, index)
                 client = await NbdClient.connect(
@@ -391,32 +344,6 @@ async def _abandon(removal: Removal, name: SnapshotName) -> None:
     await removal.end_snapshot(name.push_id)
     await removal.restore_reference(name.push_id, name.reference)
     await removal.remove_files(name.push_id, record=True)
-
-
-def _bitmaps(record: SnapshotRecord, disk: DiskRecord) -> list[str]:
-    """The reference's bitmap on this disk, as a list of one; empty if it is of no use."""
-    if record.reference is None or disk.lost is not None:
-        return []
-    return [names.bitmap_name(record.reference)]
-
-
-def _why_lost(disk: Disk, reference: str | None, known_size: int | None) -> str | None:
-    """Why changes to a disk since the reference cannot be told; None if they can, or nobody asks."""
-    if reference is None:
-        return None
-    since = f"changes of disk {disk.identity} since push {reference}"
-    bitmap = disk.node.bitmaps.get(names.bitmap_name(reference))
-    if bitmap is None:
-        return f"{since} were not recorded"
-    if bitmap.inconsistent:
-        return f"{since}: QEMU was not shut down cleanly, the record is inconsistent"
-    if not bitmap.recording:
-        return f"{since}: the record was stopped before this snapshot"
-    if known_size is None:
-        return f"{since}: the record of the disk's size is missing"
-    if known_size > disk.node.size:
-        return f"{since}: the disk has shrunk"
-    return None
 
 
 async def _create_scratch(path: Path, size: int) -> None:
