@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import TypeVar
 
 import trio
@@ -22,6 +22,8 @@ CONNECT_S = 15
 HANDSHAKE_S = 15
 #: A Ping goes out this often, so that neither side takes long reading for a dead line.
 PING_S = 15
+#: How long a refusal may still be on its way when the line breaks.
+_LAST_WORDS_S = 1
 #: Bytes on the way that are not acknowledged yet; then sending waits.
 UNACKED_MAX = 64 << 20
 
@@ -58,9 +60,11 @@ class Connection:
         try:
             await self._stream.send(kind, *pieces)
         except (trio.BrokenResourceError, trio.ClosedResourceError, OSError) as error:
-            # The receiver may have said why before it closed.
-            with trio.move_on_after(1):
-                await self._replies.receive()
+            # The receiver may have said why before it closed: a refusal goes before the broken line.
+            with trio.move_on_after(_LAST_WORDS_S), suppress(trio.EndOfChannel):
+                answer = await self._replies.receive()
+                if isinstance(answer, m.Refused):
+                    raise PeerRefusedError(answer.code, answer.reason) from error
             raise ConnectionLostError(f"the receiver is gone: {error}") from error
 
     async def reply(self, want: type[A], other: type[B] | None = None) -> A | B:
