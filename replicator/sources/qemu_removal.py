@@ -121,7 +121,7 @@ class Removal:
         inventory = await take_inventory(self.qmp)
         actions: list[dict[str, Any]] = []
         for node in inventory.nodes.values():
-            actions += _restore(node, push_id, reference)
+            actions += restore_actions(node, push_id, reference)
         if actions:
             await self.qmp.execute("transaction", actions=actions)
             self.removed.append(names.bitmap_name(push_id))
@@ -160,7 +160,7 @@ def _action(what: str, node: Node, bitmap: str) -> dict[str, Any]:
     return {"type": f"block-dirty-bitmap-{what}", "data": {"node": node.name, "name": bitmap}}
 
 
-def _restore(node: Node, push_id: str, reference: str | None) -> list[dict[str, Any]]:
+def restore_actions(node: Node, push_id: str, reference: str | None) -> list[dict[str, Any]]:
     """What puts one disk's bitmaps back to before the push."""
     new = node.bitmaps.get(names.bitmap_name(push_id))
     old = node.bitmaps.get(names.bitmap_name(reference)) if reference is not None else None
