@@ -119,7 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _complete(os.environ[COMPLETE])
     context: CliContext | None = None
     try:
-        with replctl.make_context(PROGRAM, given) as ctx:
+        with replctl.make_context(PROGRAM, list(given)) as ctx:
             try:
                 replctl.invoke(ctx)
             finally:

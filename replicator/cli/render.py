@@ -13,8 +13,8 @@ from rich.text import Text
 
 from replicator.cli.text import duration, one_line, size
 
-#: Columns where nobody watches: a table in a file or a pipe is not cut to a terminal's width.
-_WIDTH = 240
+#: Columns where nobody watches: a row in a file or a pipe is one line.
+_WIDTH = 10_000
 _STYLES = {
     "protected": "green",
     "ok": "green",
@@ -100,11 +100,18 @@ def _table(heads: Iterable[str], rows: Iterable[Sequence[str]], styled: int | No
         if styled is not None:
             cells[styled].stylize(_STYLES.get(row[styled], "yellow"))
         table.add_row(*cells)
-    _console().print(table)
+    if sys.stdout.isatty():
+        _console().print(table)
+        return
+    plain = Console(width=_WIDTH, highlight=False, color_system=None)
+    with plain.capture() as captured:
+        plain.print(table)
+    for line in captured.get().splitlines():
+        sys.stdout.write(line.rstrip() + "\n")
 
 
 def _console() -> Console:
-    return Console(width=None if sys.stdout.isatty() else _WIDTH, highlight=False)
+    return Console(highlight=False)
 
 
 __all__ = ["show_history", "show_points", "show_status"]

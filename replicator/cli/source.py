@@ -8,7 +8,7 @@ import stat
 from pathlib import Path
 
 from replicator.config import Config, parse_image_disks
-from replicator.errors import UsageError
+from replicator.errors import SourceError, UsageError
 from replicator.push.pusher import GRAIN
 from replicator.sources.base import Source
 from replicator.sources.image import ImageSource
@@ -31,13 +31,18 @@ def make_source(config: Config) -> Source:
     if config.source == "qemu":
         if config.qemu_socket is None:
             raise UsageError("qemu_socket: missing; it names the QMP socket of the running QEMU")
-        return QemuSource(
-            config.qemu_socket,
-            config.work_path,
-            name=vm_name(config),
-            nbd_socket=config.qemu_nbd_socket,
-            grain=GRAIN,
-        )
+        name = vm_name(config)
+        try:
+            return QemuSource(
+                config.qemu_socket,
+                config.work_path,
+                name=name,
+                nbd_socket=config.qemu_nbd_socket,
+                grain=GRAIN,
+            )
+        except SourceError as error:
+            # A path that no socket can have: QEMU was not asked anything yet.
+            raise UsageError(f"source=qemu: {error}") from error
     raise UsageError("source=nutanix: this version has no Nutanix source yet; use qemu or image")
 
 

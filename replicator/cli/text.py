@@ -23,6 +23,8 @@ def size(count: int) -> str:
 
 def duration(seconds: float) -> str:
     """A length of time in its two largest units."""
+    if seconds < 1:
+        return f"{seconds * 1000:.0f} ms"
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, hours, days = int(seconds // 60), int(seconds // 3600), int(seconds // 86400)

@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""A configuration that cannot work is refused in one line that names the key, and nothing is touched."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from replicator.state_dir import open_state_dir
+from tests.cli.conftest import KEY, Replctl, source_values, write_config
+
+CASES: list[tuple[dict[str, object], str]] = [
+    ({"dr_hots": "x"}, r"unknown key dr_hots \(did you mean dr_host\?\)"),
+    ({"zzz": "red"}, r"unknown key zzz$"),
+    ({"push_interval": "soon"}, r"push_interval: "),
+    ({"push_interval": 0}, r"push_interval: "),
+    ({"dr_port": 65536}, r"dr_port: "),
+    ({"push_apply_remote": "maybe"}, r"push_apply_remote: expected yes or no"),
+    ({"state_dir": "relative/state"}, r"state_dir: expected an absolute path"),
+    ({"source": "vmware"}, r"source: "),
+    ({"verbose": 4}, r"verbose: "),
+    ({"max_bandwidth_mbps": 10}, r"max_bandwidth_mbps: this version does not have the throttle"),
+    ({"dr_auth_token": None}, r"dr_auth_token: missing; make one with: openssl rand -hex 32"),
+    ({"dr_auth_token": "ab" * 16}, r"dr_auth_token: .* 128 bits; at least 256"),
+    ({"dr_auth_token": "xyz" * 30}, r"dr_auth_token: .*hex digits"),
+    ({"dr_auth_token": "/nonexistent/key"}, r"dr_auth_token: /nonexistent/key: No such file"),
+    ({"dr_host": None}, r"dr_host: missing"),
+    ({"vm": "*"}, r"vm: name the VM"),
+    ({"vm": "web,db"}, r"vm: a source pushes one VM, 'web,db' is not one plain name"),
+    ({"vm": "web-*"}, r"vm: a source pushes one VM"),
+    ({"image_disks": None}, r"image_disks: name at least one disk"),
+    (
+        {"image_disks": "disk-0=/nonexistent/a.raw"},
+        r"image_disks: disk-0: /nonexistent/a.raw: No such",
+    ),
+    ({"image_disks": "disk-0=/"}, r"image_disks: disk-0: / is neither a file nor a block device"),
+    (
+        {"source": "nutanix"},
+        r"source=nutanix: this version has no Nutanix source yet; use qemu or image",
+    ),
+    ({"source": "qemu"}, r"qemu_socket: missing"),
+    ({"source": "qemu", "qemu_socket": "/" + "long" * 30}, r"QMP socket"),
+    (
+        {"state_dir": "/nonexistent/a/b"},
+        r"state_dir: /nonexistent/a/b cannot be made: /nonexistent/a is not",
+    ),
+    ({"state_dir": "/proc/replctl"}, r"state_dir: /proc/replctl is not writable|cannot be made"),
+    ({"state_dir": "/dev/null"}, r"state_dir: /dev/null is not a directory"),
+    (
+        {"state_dir": "/dev/null/state"},
+        r"state_dir: /dev/null/state cannot be made: /dev/null is not a directory",
+    ),
+    ({"working_dir": "/dev/null/work"}, r"working_dir: /dev/null/work cannot be made"),
+]
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else b""
+        for path in folder.rglob("*")
+    }
+
+
+@pytest.mark.parametrize("command", ["seed", "push", "run"])
+@pytest.mark.parametrize(("values", "expected"), CASES, ids=lambda case: str(case)[:40])
+def test_what_cannot_work_is_refused_before_anything_is_touched(
+    tmp_path: Path, replctl: Replctl, values: Mapping[str, object], expected: str, command: str
+) -> None:
+    config = write_config(tmp_path / "replicator.conf", source_values(tmp_path, **values))
+    before = tree(tmp_path)
+    done = replctl("--config", config, command)
+    assert (done.code, done.out) == (2, "")
+    assert re.fullmatch(r"replctl: [^\n]+\n", done.err), done.err
+    assert re.search(expected, done.err, re.MULTILINE), done.err
+    assert tree(tmp_path) == before
+    token = values.get("dr_auth_token")
+    assert token is None or "/" in str(token) or str(token) not in done.err
+
+
+def test_a_configuration_that_holds_the_key_must_be_private(
+    tmp_path: Path, replctl: Replctl
+) -> None:
+    config = write_config(tmp_path / "replicator.conf", source_values(tmp_path), mode=0o640)
+    done = replctl("--config", config, "seed")
+    assert done.code == 2
+    assert done.err.count("\n") == 1
+    assert f"chmod 600 {config}" in done.err
+    assert KEY not in done.err
+
+
+def test_a_key_file_must_be_private(tmp_path: Path, replctl: Replctl) -> None:
+    key = tmp_path / "web.key"
+    key.write_text(KEY)
+    key.chmod(0o644)
+    config = write_config(tmp_path / "replicator.conf", source_values(tmp_path, dr_auth_token=key))
+    done = replctl("--config", config, "seed")
+    assert done.code == 2
+    assert done.err.count("\n") == 1
+    assert f"chmod 600 {key}" in done.err
+    assert not (tmp_path / "state").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("dr_port 9\n", "line 1: expected key = value"),
+        ("\ndr_port = 1\ndr-port = 2\n", "line 3: dr_port is given twice"),
+    ],
+)
+def test_lines_that_are_none(tmp_path: Path, replctl: Replctl, text: str, expected: str) -> None:
+    config = tmp_path / "replicator.conf"
+    config.write_text(text)
+    done = replctl("--config", config, "status")
+    assert (done.code, done.err) == (2, f"replctl: configuration {config}: {expected}\n")
+
+
+def test_a_missing_file_is_named(
+    tmp_path: Path, replctl: Replctl, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "none.conf"
+    expected = f"replctl: configuration {path}: No such file or directory\n"
+    assert replctl("--config", path, "status").err == expected
+    monkeypatch.setenv("REPLCTL_CONFIG", str(path))
+    assert replctl("status").err == expected
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("verify", "web"),
+        ("export", "web", "--disk", "0", "--to", "/nonexistent/x"),
+        ("failover", "test", "web"),
+        ("failover", "undo", "web"),
+    ],
+)
+def test_what_needs_the_recovery_points_is_refused_on_a_source(
+    tmp_path: Path, replctl: Replctl, words: tuple[str, ...]
+) -> None:
+    config = write_config(
+        tmp_path / "replicator.conf", source_values(tmp_path, dr_host="dr.example")
+    )
+    done = replctl("--config", config, *words)
+    assert done.code == 2
+    assert "run it on the receiver's host (dr.example)" in done.err
+
+
+@pytest.mark.parametrize("command", ["seed", "push", "run"])
+def test_a_state_directory_in_use_is_refused(
+    tmp_path: Path, replctl: Replctl, command: str
+) -> None:
+    config = write_config(tmp_path / "replicator.conf", source_values(tmp_path))
+    with open_state_dir(tmp_path / "state"):
+        done = replctl("--config", config, command)
+    assert done.code == 3
+    assert re.fullmatch(r"replctl: another replctl \(pid \d+\) is using .*/state\n", done.err)
