@@ -12,7 +12,7 @@ from uuid import UUID
 import trio
 from eventsourcing.persistence import PersistenceError
 
-from receiver.store.landing import Landing
+from receiver.store.landing import Landing, StreamMismatchError
 from receiver.store.stores import Stores
 from receiver.store.vm_store import PushRefusedHereError, VmStore
 from replicator.domain.model import Point
@@ -22,13 +22,14 @@ from replicator.errors import (
     PhcbtError,
     RefusedError,
     ReplicatorError,
+    StateError,
     WireError,
 )
 from replicator.nursery import flat_nursery
 from replicator.wire import messages as m
 from replicator.wire.framing import MessageStream
 from replicator.wire.keys import Keyring, PreSharedKey
-from replicator.wire.session import Session
+from replicator.wire.session import Phase, Session
 from replicator.wire.stream import accept_stream
 
 _logger = logging.getLogger(__name__)
@@ -40,9 +41,14 @@ HANDSHAKES_MAX = 32
 ACK_BYTES = 16 << 20
 #: ... or this long after the first of them, so that a slow line is acknowledged too.
 ACK_S = 2.0
+#: The source hears from this side this often, so that a long commit or a slow disk is not taken for a dead line.
+BEAT_S = 15.0
 _QUEUE = 4
-#: Bytes of data taken together into one worker thread call.
-_BATCH = 1 << 20
+_REASON_MAX = 1900
+#: A push refused for one of these can never be committed: what has landed of it goes.
+_HOPELESS: frozenset[m.RefusalCode] = frozenset({"root-mismatch", "damaged-stream", "bad-request"})
+#: Nothing of the VM's state stands in these refusals.
+_NOT_TOLD: frozenset[m.RefusalCode] = frozenset({"wrong-key", "unknown-vm"})
 
 
 @dataclass(slots=True)
@@ -53,6 +59,15 @@ class _Push:
     since: float = 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class _Claim:
+    """A session's right to push a VM. ``gone`` is set when it is given back."""
+
+    push_id: str
+    scope: trio.CancelScope
+    gone: trio.Event
+
+
 class PushServer:
     """Serves push sessions over accepted connections."""
 
@@ -60,15 +75,19 @@ class PushServer:
         self._stores = stores
         self._keyring = keyring
         self._handshakes = trio.CapacityLimiter(HANDSHAKES_MAX)
-        self._active: dict[UUID, tuple[str, trio.CancelScope, trio.Event]] = {}
+        self._active: dict[UUID, _Claim] = {}
 
     def is_pushing(self, vm: UUID) -> bool:
         """Whether a push of this VM is landing now."""
         return vm in self._active
 
     async def serve(self, transport: trio.SocketStream) -> None:
-        """One connection, to its end. Never raises for what the other side does: that is logged."""
-        host, *_ = transport.socket.getpeername()
+        """One connection, to its end. Never raises for what happens in it: that is logged."""
+        try:
+            host, *_ = transport.socket.getpeername()
+        except OSError as error:
+            _logger.debug("a connection was gone before it was looked at: %s", error)
+            return
         try:
             async with self._handshakes:
                 stream = await accept_stream(transport, self._keyring, deadline_s=HANDSHAKE_S)
@@ -79,36 +98,40 @@ class PushServer:
             _logger.warning("%s: no session: %s", host, error)
             return
         async with MessageStream(stream, m.LIMITS) as framed:
-            session = _PushSession(self, framed, stream.peer_key)
             try:
-                await session.run()
+                await _PushSession(self, framed, stream.peer_key).run()
             except (WireError, trio.BrokenResourceError, trio.ClosedResourceError) as error:
                 _logger.warning("%s: session ended: %s", host, error)
             except (OSError, ReplicatorError, PersistenceError) as error:
                 _logger.error("%s: session failed: %s", host, error)
+            except Exception:  # a defect that one session meets must not end the others
+                _logger.exception("%s: session failed", host)
 
-    def allowed(self, key: PreSharedKey, vm: str, name: str) -> None:
-        """Raise PushRefusedHereError unless this key may push this VM."""
-        if key.vm is not None and key.vm not in (vm, name):
+    def check_key(self, key: PreSharedKey, vm: UUID, name: str) -> None:
+        """Raise PushRefusedHereError unless this key may push this VM.
+
+        The name of a VM that is known here is the one that it was seeded with, whatever the source calls it now.
+        """
+        store = self._stores.get(vm)
+        known = store.vm.name if store is not None else name
+        if key.vm is not None and key.vm not in (str(vm), known):
             raise PushRefusedHereError("wrong-key", f"the key {key.name} may not push VM {name}")
 
-    async def claim(self, vm: UUID, push_id: str, scope: trio.CancelScope) -> trio.Event:
+    async def claim(self, vm: UUID, push_id: str, scope: trio.CancelScope) -> _Claim:
         """Be the one session that pushes this VM; a stale session of the same push is ended first."""
         while (other := self._active.get(vm)) is not None:
-            other_push, other_scope, gone = other
-            if other_push != push_id:
+            if other.push_id != push_id:
                 raise PushRefusedHereError("busy", "another push of this VM is landing")
-            other_scope.cancel()
-            await gone.wait()
-        done = trio.Event()
-        self._active[vm] = (push_id, scope, done)
-        return done
+            other.scope.cancel()
+            await other.gone.wait()
+        claim = self._active[vm] = _Claim(push_id, scope, trio.Event())
+        return claim
 
-    def release(self, vm: UUID, done: trio.Event) -> None:
+    def release(self, vm: UUID, claim: _Claim) -> None:
         """The push is over, or its session."""
-        if vm in self._active and self._active[vm][2] is done:
+        if self._active.get(vm) is claim:
             del self._active[vm]
-        done.set()
+        claim.gone.set()
 
     @property
     def stores(self) -> Stores:
@@ -123,7 +146,8 @@ class _PushSession:
         self._key = key
         self._session = Session()
         self._push: _Push | None = None
-        self._claim: tuple[UUID, trio.Event] | None = None
+        self._vm: UUID | None = None  # whose state may be told: the key fits
+        self._claim: tuple[UUID, _Claim] | None = None
         self._scope = trio.CancelScope()
 
     async def run(self) -> None:
@@ -133,18 +157,22 @@ class _PushSession:
             with self._scope:
                 async with flat_nursery() as nursery:
                     nursery.start_soon(self._read, send)
+                    nursery.start_soon(self._beat)
                     await self._act(receive)
                     nursery.cancel_scope.cancel()
         finally:
-            if self._push is not None:
-                self._push.landing.close()
-            if self._claim is not None:
-                self._server.release(*self._claim)
+            self._close_push()
+            self._release()
 
     async def _read(self, send: trio.MemorySendChannel[tuple[int, bytearray]]) -> None:
         async with send:
             while (message := await self._stream.receive()) is not None:
                 await send.send(message)
+
+    async def _beat(self) -> None:
+        while True:
+            await trio.sleep(BEAT_S)
+            await self._send(m.Pong())
 
     async def _act(self, receive: trio.MemoryReceiveChannel[tuple[int, bytearray]]) -> None:
         while True:
@@ -154,51 +182,53 @@ class _PushSession:
                     message = await receive.receive()
                 except trio.EndOfChannel:
                     return
-            if message is None:
-                await self._acknowledge()
-            elif message[0] == m.DATA:
-                await self._data(m.decode_data(message[1]))
-            elif message[0] == m.CONTROL:
-                await self._control(m.decode_from_source(message[1]))
-            else:
-                raise WireError(f"message of kind {message[0]}")
+            try:
+                await self._take(message)
+            except StreamMismatchError as error:
+                await self._refuse("bad-request", str(error))
+            except (WireError, trio.BrokenResourceError, trio.ClosedResourceError):
+                raise
+            except (OSError, PersistenceError, ReplicatorError) as error:
+                await self._refuse(*_refusal(error))
+
+    async def _take(self, message: tuple[int, bytearray] | None) -> None:
+        if message is None:
+            await self._acknowledge()
+        elif message[0] == m.DATA:
+            await self._data(m.decode_data(message[1]))
+        elif message[0] == m.CONTROL:
+            await self._control(m.decode_from_source(message[1]))
+        else:
+            raise WireError(f"message of kind {message[0]}")
 
     def _ack_due(self) -> float:
         push = self._push
         return push.since + ACK_S if push is not None and push.unacked else float("inf")
 
     async def _control(self, message: m.FromSource) -> None:
+        late = self._session.phase is Phase.REFUSED
         self._session.message(message)
         if isinstance(message, m.Ping):
             await self._send(m.Pong())
-            return
-        try:
-            await self._answer(message)
-        except PushRefusedHereError as error:
-            await self._refuse(message, error.code, error.reason)
-        except RefusedError as error:
-            await self._refuse(message, "state", str(error))
-        except PhcbtError as error:
-            await self._refuse(message, "damaged-stream", str(error))
-        except (OSError, PersistenceError, DamageError) as error:
-            full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
-            code: m.RefusalCode = "no-room" if full else "failed"
-            _logger.error("push failed: %s", error)
-            await self._refuse(message, code, f"the receiver failed: {error}")
-
-    async def _answer(self, message: m.FromSource) -> None:
-        if isinstance(message, m.Query):
+        elif isinstance(message, m.Query):
             await self._query(message)
         elif isinstance(message, m.Open):
             await self._open(message)
-        elif isinstance(message, m.Finish):
-            await self._finish(message)
         elif isinstance(message, m.Abandon):
             await self._abandon(message)
+        elif not late:
+            await self._finish(message)
+
+    def _check_key(self, vm: str, name: str) -> UUID:
+        self._vm, asked = None, m.vm_uuid(vm)
+        self._server.check_key(self._key, asked, name)
+        self._vm = asked
+        return asked
 
     async def _query(self, query: m.Query) -> None:
-        self._server.allowed(self._key, query.vm, query.name)
-        await self._state(m.vm_uuid(query.vm))
+        vm = self._check_key(query.vm, query.name)
+        self._server.stores.check_acceptable(vm, query.name)
+        await self._state(vm)
 
     async def _state(self, vm: UUID) -> None:
         store = self._server.stores.get(vm)
@@ -209,37 +239,32 @@ class _PushSession:
         await self._send(m.VmState(store.newest(), store.vm.epoch, unfinished))
 
     async def _open(self, opened: m.Open) -> None:
-        self._server.allowed(self._key, opened.vm, opened.name)
-        vm = m.vm_uuid(opened.vm)
         self._close_push()
+        vm = self._check_key(opened.vm, opened.name)
         store = await self._server.stores.for_push(vm, opened)
+        await self._claim_push(vm, opened.push_id)
+        # Looked at under the claim: until then an older session may have been committing this very push.
         newest = store.vm.newest
         if newest is not None and newest.push_id == opened.push_id:
+            self._release()
             await self._send(_committed(newest))
             return
-        if self._claim is None or self._claim[0] != vm:
-            self._release()
-            self._claim = (vm, await self._server.claim(vm, opened.push_id, self._scope))
         landing = await store.open_push(opened)
         self._push = _Push(store, landing)
         await self._send(m.Ready(opened.push_id, landing.positions))
 
     async def _data(self, data: m.Data) -> None:
         self._session.message(data)
+        if self._session.phase is Phase.REFUSED:
+            return  # it was on its way when the push was refused
         push = self._push
         if push is None or data.disk >= len(push.landing.disks):
-            raise WireError(f"data of disk {data.disk} without a push")
+            raise WireError(f"data of disk {data.disk}, which the push does not have")
+        disk = push.landing.disks[data.disk]
         try:
-            await trio.to_thread.run_sync(
-                push.landing.disks[data.disk].feed, data.offset, data.payload
-            )
-        except (PhcbtError, DamageError) as error:
-            await self._refuse(data, "damaged-stream", str(error))
-            return
-        except OSError as error:
-            _logger.error("push of %s: %s", push.store.vm.name, error)
-            await self._refuse(data, "no-room", f"the receiver cannot write: {error.strerror}")
-            return
+            await trio.to_thread.run_sync(disk.feed, data.offset, data.payload)
+        except DamageError as error:
+            raise PushRefusedHereError("damaged-stream", str(error)) from error
         if not push.unacked:
             push.since = trio.current_time()
         push.unacked += len(data.payload)
@@ -260,43 +285,55 @@ class _PushSession:
         push = self._push
         if push is None or push.landing.opened.push_id != finish.push_id:
             raise WireError("the end of a push that was not opened")
-        try:
-            point = await push.store.commit(push.landing, finish, time.time_ns() // 1000)
-        finally:
-            self._close_push()
+        push.unacked = 0
+        point = await push.store.commit(push.landing, finish, time.time_ns() // 1000)
         _logger.info(
             "DR cycle complete: vm=%s cycle=%d bytes_pushed=%d",
             push.store.vm.name,
             point.number,
             point.bytes_pushed,
         )
+        self._close_push()
         self._release()
         await self._send(_committed(point))
 
     async def _abandon(self, message: m.Abandon) -> None:
-        vm = m.vm_uuid(message.vm)
-        store = self._server.stores.get(vm)
-        self._server.allowed(self._key, message.vm, store.vm.name if store else message.vm)
         self._close_push()
+        vm = self._check_key(message.vm, message.vm)
+        store = self._server.stores.get(vm)
         if store is not None and await store.unfinished() == message.push_id:
-            claim = self._claim or (vm, await self._server.claim(vm, message.push_id, self._scope))
-            self._claim = claim
-            await store.drop_push()
-            _logger.warning("push of %s abandoned by the source: %s", store.vm.name, message.reason)
+            await self._claim_push(vm, message.push_id)
+            # Again: another session may have committed it before this one had the claim.
+            if await store.unfinished() == message.push_id:
+                await store.drop_push()
+                _logger.warning(
+                    "push of %s abandoned by the source: %s", store.vm.name, message.reason
+                )
         self._release()
         await self._state(vm)
 
-    async def _refuse(self, message: object, code: m.RefusalCode, reason: str) -> None:
+    async def _refuse(self, code: m.RefusalCode, reason: str) -> None:
         """Say no. What has landed stays for another try, except where it can never be committed."""
-        vm = self._claim[0] if self._claim else m.vm_uuid(getattr(message, "vm", str(UUID(int=0))))
-        store = self._server.stores.get(vm)
-        self._close_push()
-        if code in ("root-mismatch", "damaged-stream", "bad-request") and store and self._claim:
-            await store.drop_push()
-        self._release()
         _logger.warning("push refused (%s): %s", code, reason)
-        newest, epoch = (store.newest(), store.vm.epoch) if store else (None, 1)
-        await self._send(m.Refused(code, reason[:1900], newest, epoch))
+        push = self._push
+        self._close_push()
+        if push is not None and code in _HOPELESS:
+            await push.store.drop_push()
+        self._release()
+        store = None if self._vm is None else self._server.stores.get(self._vm)
+        if store is None or code in _NOT_TOLD:
+            await self._send(m.Refused(code, reason[:_REASON_MAX], None, 1))
+        else:
+            said = reason[:_REASON_MAX]
+            await self._send(m.Refused(code, said, store.newest(), store.vm.epoch))
+
+    async def _claim_push(self, vm: UUID, push_id: str) -> None:
+        if self._claim is not None:
+            held, claim = self._claim
+            if held == vm and claim.push_id == push_id:
+                return
+            self._release()
+        self._claim = (vm, await self._server.claim(vm, push_id, self._scope))
 
     def _close_push(self) -> None:
         if self._push is not None:
@@ -311,6 +348,23 @@ class _PushSession:
     async def _send(self, message: m.Message) -> None:
         self._session.message(message)
         await self._stream.send(m.CONTROL, m.encode(message))
+
+
+def _refusal(error: Exception) -> tuple[m.RefusalCode, str]:
+    """What the source is told of an error. Paths of this host stay in its own log."""
+    if isinstance(error, PushRefusedHereError):
+        return error.code, error.reason
+    if isinstance(error, RefusedError):
+        return "state", str(error)
+    if isinstance(error, PhcbtError):
+        return "damaged-stream", str(error)
+    _logger.error("push failed: %s", error)
+    if isinstance(error, DamageError | StateError):
+        return "root-mismatch", "what the push is built on is damaged here"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "no-room", "there is no room on the receiver"
+    reason = (error.strerror if isinstance(error, OSError) else None) or type(error).__name__
+    return "failed", f"the receiver failed: {reason}"
 
 
 def _committed(point: Point) -> m.Committed:

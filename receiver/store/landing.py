@@ -21,6 +21,10 @@ from replicator.phcbt.resume import resume_partial
 from replicator.wire.messages import Open, OpenDisk, vm_uuid
 
 
+class StreamMismatchError(WireError):
+    """A stream is not the one that the Open message announced."""
+
+
 @dataclass(frozen=True, slots=True)
 class Expected:
     """What a stream's header must say, from the Open message and the log."""
@@ -32,7 +36,7 @@ class Expected:
     algorithm: int | None
 
     def check(self, header: StreamHeader) -> None:
-        """Raise WireError where the header is not the push's."""
+        """Raise StreamMismatchError where the header is not the push's."""
         base = 0 if self.disk.since == self.open.point else self.open.parent
         pairs = {
             "VM": (header.vm, vm_uuid(self.open.vm)),
@@ -47,7 +51,7 @@ class Expected:
         for what, (got, wanted) in pairs.items():
             if got != wanted:
                 shown = "other" if isinstance(wanted, bytes) else wanted
-                raise WireError(
+                raise StreamMismatchError(
                     f"{self.disk.disk}: the stream's {what} is not the push's ({shown})"
                 )
 

@@ -68,7 +68,15 @@ class Stores:
     def check_selected(self, vm: str, name: str) -> None:
         """Raise PushRefusedHereError for a VM that the configuration does not select."""
         if not _matches(self._config.vm, vm, name) or _matches(self._config.exclude, vm, name):
-            raise PushRefusedHereError("unknown-vm", f"VM {name} is not one that this receiver takes")
+            raise PushRefusedHereError(
+                "unknown-vm", f"VM {name} is not one that this receiver takes"
+            )
+
+    def check_acceptable(self, vm: UUID, name: str) -> None:
+        """Raise PushRefusedHereError for a VM that no push could be taken of: not selected, or its name is another's."""
+        self.check_selected(str(vm), name)
+        if vm not in self._stores:
+            self._check_name(vm, name)
 
     async def for_push(self, vm: UUID, opened: Open) -> VmStore:
         """The store that a push goes to; a seed makes it known. Raises PushRefusedHereError for an unknown VM."""
@@ -77,18 +85,30 @@ class Stores:
             store = self._stores.get(vm)
             if store is not None:
                 return store
-            if opened.kind is not PushKind.SEED:
-                raise PushRefusedHereError("unknown-vm", f"VM {opened.name} has no seed here")
-            self._check_name(opened.name)
+            self._check_name(vm, opened.name)
+            _check_first(opened)
             await self._log.register(vm, opened.name, "receiver")
             return await self._add(vm)
 
-    def _check_name(self, name: str) -> None:
+    def _check_name(self, uuid: UUID, name: str) -> None:
         for vm in self._log.vms:
-            if vm.name == name:
+            # The VM itself may be in the log without a store, if making its folder failed last time.
+            if vm.name == name and vm.vm != str(uuid):
                 raise PushRefusedHereError(
                     "unknown-vm", f"another VM ({vm.vm}) is called {name} here already"
                 )
+
+
+def _check_first(opened: Open) -> None:
+    """Raise PushRefusedHereError unless a VM can begin with this push; asked before the VM is made known."""
+    if opened.kind is not PushKind.SEED:
+        raise PushRefusedHereError("unknown-vm", f"VM {opened.name} has no seed here")
+    if opened.parent or any(disk.since != opened.point for disk in opened.disks):
+        raise PushRefusedHereError(
+            "wrong-parent", f"VM {opened.name} has no point here that could be gone on from"
+        )
+    if len({disk.disk for disk in opened.disks}) != len(opened.disks):
+        raise PushRefusedHereError("bad-request", "a disk stands twice in the push")
 
 
 def _matches(patterns: str, vm: str, name: str) -> bool:

@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager, suppress
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import TypeVar
 
 import trio
@@ -17,6 +18,8 @@ from replicator.wire.framing import MessageStream
 from replicator.wire.keys import PreSharedKey
 from replicator.wire.session import Session
 from replicator.wire.stream import connect_stream
+
+_logger = logging.getLogger(__name__)
 
 CONNECT_S = 15
 HANDSHAKE_S = 15
@@ -45,6 +48,9 @@ class Connection:
         self._acked: list[int] = []
         self._sent: list[int] = []
         self._room = trio.Event()
+        self._end: Exception | None = None
+        #: Whether something came to be durable on the receiver in this session.
+        self.progressed = False
 
     async def ask(self, message: m.Message, want: type[A], other: type[B] | None = None) -> A | B:
         """Send a request and wait for its answer, one of two types. Raises as ``reply``."""
@@ -60,19 +66,22 @@ class Connection:
         try:
             await self._stream.send(kind, *pieces)
         except (trio.BrokenResourceError, trio.ClosedResourceError, OSError) as error:
-            # The receiver may have said why before it closed: a refusal goes before the broken line.
-            with trio.move_on_after(_LAST_WORDS_S), suppress(trio.EndOfChannel):
-                answer = await self._replies.receive()
-                if isinstance(answer, m.Refused):
-                    raise PeerRefusedError(answer.code, answer.reason) from error
-            raise ConnectionLostError(f"the receiver is gone: {error}") from error
+            with trio.move_on_after(_LAST_WORDS_S):
+                await self._last_words()
+            raise ConnectionLostError(f"the line to the receiver broke: {error}") from error
+
+    async def _last_words(self) -> None:
+        """Read the line to its end: a refusal that came before it broke goes first."""
+        async for answer in self._replies:
+            if isinstance(answer, m.Refused):
+                raise PeerRefusedError(answer.code, answer.reason)
 
     async def reply(self, want: type[A], other: type[B] | None = None) -> A | B:
         """The next answer, of one of these types. Raises PeerRefusedError, ConnectionLostError, WireError."""
         try:
             answer = await self._replies.receive()
         except trio.EndOfChannel:
-            raise ConnectionLostError("the receiver ended the session") from None
+            raise self._lost() from self._end
         if isinstance(answer, m.Refused):
             raise PeerRefusedError(answer.code, answer.reason)
         if isinstance(answer, want) or (other is not None and isinstance(answer, other)):
@@ -93,8 +102,17 @@ class Connection:
             self._room = trio.Event()
             await self._room.wait()
             self._check_refused()
-        await self._send(m.DATA, m.data_head(disk, offset), *pieces)
+        # Before it goes out: its Ack may be here before this task goes on.
         self._sent[disk] = offset + length
+        await self._send(m.DATA, m.data_head(disk, offset), *pieces)
+
+    def _lost(self) -> ReplicatorError:
+        """Why no answer will come: a broken line can be tried again, a broken protocol cannot."""
+        end = self._end
+        if isinstance(end, WireError) and not isinstance(end, trio.BrokenResourceError):
+            return WireError(str(end))
+        why = "the receiver ended the session" if end is None else f"the line broke: {end}"
+        return ConnectionLostError(why)
 
     def _check_refused(self) -> None:
         """A refusal in the middle of a push ends it at once."""
@@ -103,7 +121,7 @@ class Connection:
         except trio.WouldBlock:
             return
         except trio.EndOfChannel:
-            raise ConnectionLostError("the receiver ended the session") from None
+            raise self._lost() from self._end
         if isinstance(answer, m.Refused):
             raise PeerRefusedError(answer.code, answer.reason)
         raise WireError(f"the receiver answered {type(answer).__name__} in the middle of a push")
@@ -114,36 +132,46 @@ class Connection:
         return tuple(self._acked)
 
     async def read_replies(self) -> None:
-        """Take what the receiver says until it ends the session. Run by ``connect``."""
-        async with self._replies_in:
-            while True:
-                message = await self._stream.receive()
-                if message is None:
-                    return
-                kind, body = message
-                if kind != m.CONTROL:
-                    raise WireError("the receiver sent data")
-                answer = m.decode_from_receiver(body)
-                self._session.message(answer)
-                if isinstance(answer, m.Ack):
-                    self._take_ack(answer)
-                elif not isinstance(answer, m.Pong):
-                    self._room.set()
-                    await self._replies_in.send(answer)
+        """Take what the receiver says until the session ends; why it did is kept for who waits. Run by ``connect``."""
+        try:
+            async with self._replies_in:
+                await self._read_replies()
+        except (WireError, trio.BrokenResourceError, trio.ClosedResourceError, OSError) as error:
+            self._end = error
+        finally:
+            self._room.set()
+
+    async def _read_replies(self) -> None:
+        while (message := await self._stream.receive()) is not None:
+            kind, body = message
+            if kind != m.CONTROL:
+                raise WireError("the receiver sent data")
+            answer = m.decode_from_receiver(body)
+            self._session.message(answer)
+            if isinstance(answer, m.Ack):
+                self._take_ack(answer)
+            elif not isinstance(answer, m.Pong):
+                await self._replies_in.send(answer)
+                self._room.set()
 
     def _take_ack(self, ack: m.Ack) -> None:
         if ack.disk >= len(self._acked) or not (
             self._acked[ack.disk] <= ack.position <= self._sent[ack.disk]
         ):
             raise WireError(f"the receiver acknowledged {ack.position} of disk {ack.disk}")
+        self.progressed |= ack.position > self._acked[ack.disk]
         self._acked[ack.disk] = ack.position
         self._room.set()
 
     async def ping(self) -> None:
-        """Say now and then that this side lives. Run by ``connect``."""
-        while True:
-            await trio.sleep(PING_S)
-            await self.send(m.Ping())
+        """Say now and then that this side lives, for as long as the line bears it. Run by ``connect``."""
+        try:
+            while True:
+                await trio.sleep(PING_S)
+                await self._stream.send(m.CONTROL, m.encode(m.Ping()))
+        except (trio.BrokenResourceError, trio.ClosedResourceError, OSError) as error:
+            # The push finds it out as well, by reading or sending, and knows what to do.
+            _logger.debug("no more pings: %s", error)
 
 
 @asynccontextmanager
@@ -168,25 +196,10 @@ async def connect(config: Config, key: PreSharedKey) -> AsyncIterator[Connection
         ) from error
     async with MessageStream(stream, m.LIMITS) as framed:
         connection = Connection(framed)
-        failure: list[Exception] = []
         async with flat_nursery() as nursery:
-            nursery.start_soon(_guarded, connection.read_replies, failure)
-            nursery.start_soon(_guarded, connection.ping, failure)
+            nursery.start_soon(connection.read_replies)
+            nursery.start_soon(connection.ping)
             try:
                 yield connection
-            except ConnectionLostError as error:
-                if failure and isinstance(failure[0], WireError):
-                    raise failure[0] from error
-                raise
             finally:
                 nursery.cancel_scope.cancel()
-
-
-async def _guarded(task: Callable[[], Awaitable[None]], failure: list[Exception]) -> None:
-    """Run a helper task of the session; its failure reaches the push through the closed channel."""
-    try:
-        await task()
-    except (WireError, trio.BrokenResourceError, trio.ClosedResourceError, OSError) as error:
-        failure.append(error)
-    except ConnectionLostError as error:
-        failure.append(error)

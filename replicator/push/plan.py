@@ -30,11 +30,13 @@ class Unfinished:
 
 @dataclass(frozen=True, slots=True)
 class Local:
-    """What the source's log says."""
+    """What the source's log says. ``newest``: the point that a cycle can go on from, None if there is none."""
 
     newest: PointRef | None
     epoch: int
     unfinished: Unfinished | None
+    #: The greatest number that a point of this VM ever had here; it is not used again.
+    last: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +116,8 @@ def _plan_unfinished(unfinished: Unfinished, remote: VmState) -> Action:
 
 def _seed(local: Local, remote: VmState) -> Start:
     number = remote.newest.number if remote.newest is not None else 0
-    return Start(PushKind.SEED, number + 1, number, None, _why_apart(local, remote))
+    point = max(number, local.last) + 1
+    return Start(PushKind.SEED, point, number, None, _why_apart(local, remote))
 
 
 def _why_apart(local: Local, remote: VmState) -> str:

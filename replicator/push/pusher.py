@@ -27,6 +27,7 @@ from replicator.domain.vm import ProtectedVm
 from replicator.errors import (
     DamageError,
     PeerRefusedError,
+    PhcbtError,
     ReferenceLostError,
     RefusedError,
     SnapshotGoneError,
@@ -102,7 +103,6 @@ class Pusher:
         self._cpus = trio.CapacityLimiter(os.cpu_count() or 1)
         self._work = config.work_path
         self._swept = False
-        self._seed_next = False
         self._resumed_at = 0
         self._vm_id = UUID(int=0)
         self._name = ""
@@ -116,8 +116,9 @@ class Pusher:
     async def push(self, want: Want) -> Outcome:
         """Make the next point, or finish the one that was begun.
 
-        Goes on over broken lines for as long as the patience given. Raises RefusedError (with PeerRefusedError),
-        SourceError, AuthenticationError, WireError, ConnectionLostError. Cancelled, it leaves everything as a crash would.
+        Goes on over broken lines until nothing more has become durable for as long as the patience given.
+        Raises RefusedError (with PeerRefusedError), SourceError, AuthenticationError, WireError, ConnectionLostError.
+        Cancelled, it leaves everything as a crash would.
         """
         await self._prepare()
         attempt, reached = 0, False
@@ -125,9 +126,13 @@ class Pusher:
         while True:
             try:
                 async with connect(self._config, self._key) as connection:
-                    reached, attempt = True, 0
-                    deadline = trio.current_time() + self._patience_s
-                    return await self._session(connection, want)
+                    reached = True
+                    try:
+                        return await self._session(connection, want)
+                    finally:
+                        # Only what became durable counts: a line that breaks at the same place each time leads nowhere.
+                        if connection.progressed:
+                            attempt, deadline = 0, trio.current_time() + self._patience_s
             except ConnectionLostError as error:
                 endless = self._patience_s == float("inf")
                 if not endless and (not reached or trio.current_time() > deadline):
@@ -187,9 +192,11 @@ class Pusher:
     async def _local(self, entry: PushEntry | None) -> Local:
         newest = self._vm.newest
         reference = None
-        if newest is not None and not self._seed_next and await self._maps_fit(newest):
+        if newest is not None and await self._maps_fit(newest):
             reference = m.PointRef(newest.number, newest.root, newest.push_id)
-        return Local(reference, self._vm.epoch, entry.unfinished() if entry is not None else None)
+        unfinished = entry.unfinished() if entry is not None else None
+        last = newest.number if newest is not None else 0
+        return Local(reference, self._vm.epoch, unfinished, last)
 
     async def _maps_fit(self, newest: Point) -> bool:
         for disk in newest.disks:
@@ -260,6 +267,8 @@ class Pusher:
             await self._abandon(entry, "its snapshot was not finished", None)
             return None
         if state.newest is not None and state.newest.push_id == entry.push_id:
+            if not await self._still_known(entry):
+                return None
             answer = await connection.ask(self._open(entry, [0] * len(entry.disks)), m.Committed)
             return Outcome(await self._committed(entry, answer), True, "it was committed already")
         try:
@@ -272,6 +281,16 @@ class Pusher:
             return await self._push(connection, entry, snapshot, "went on", resumed=True)
         finally:
             await _close(snapshot)
+
+    async def _still_known(self, entry: PushEntry) -> bool:
+        """Whether this side can say what a committed push brought; if not, it is given up, and the next push seeds."""
+        try:
+            await trio.to_thread.run_sync(self._final_disks, entry)
+        except (OSError, PhcbtError, DamageError, StateError) as error:
+            reason = f"the receiver has it, but this side lost what it sent: {error}"
+            await self._abandon(entry, reason, None)
+            return False
+        return True
 
     async def _push(
         self,
@@ -286,8 +305,10 @@ class Pusher:
             answer = await self._send(connection, entry, snapshot)
         except PeerRefusedError as error:
             if error.code in _HOPELESS:
-                self._seed_next = error.code == "root-mismatch"
                 await self._abandon(entry, str(error), None)
+                if error.code == "root-mismatch":
+                    # Whatever the maps say is not what the receiver has: without them no cycle is planned.
+                    await trio.to_thread.run_sync(_remove_files, self._maps)
             raise
         except (SnapshotGoneError, ReferenceLostError) as error:
             await self._abandon(entry, str(error), None)
@@ -357,9 +378,12 @@ class Pusher:
                 disk_id=disk.disk,
             )
             skeleton = spool.Spool(self._skeleton(entry, disk), header)
-        finally:
-            if known is not None and not disk.compare:
+        except BaseException:
+            if known is not None:
                 known.close()
+            raise
+        if known is not None and not disk.compare:
+            known.close()
         since = entry.reference if not full and not disk.compare else None
         return DiskJob(disk.disk, index, view, since, known if disk.compare else None, skeleton)
 
@@ -429,7 +453,6 @@ class Pusher:
         )
         async with self._log.change(self._vm_id) as vm:
             vm.commit(point)
-        self._seed_next = False
         await self._settle(entry, point)
         _logger.info(
             "DR cycle complete: vm=%s cycle=%d bytes_pushed=%d",
@@ -465,7 +488,9 @@ class Pusher:
         _logger.warning("the push to point %d is given up: %s", entry.point, reason)
         if connection is not None:
             abandon = m.Abandon(self._vm.vm, entry.push_id, reason[:1000])
-            await connection.ask(abandon, m.VmState)
+            state = await connection.ask(abandon, m.VmState)
+            if state.newest is not None and state.newest.push_id == entry.push_id:
+                return  # it was committed before it could be forgotten: the next plan goes on from there
         if entry.disks is not None:
             async with self._log.change(self._vm_id) as vm:
                 vm.abandon_push(entry.push_id, entry.point, reason)
@@ -507,9 +532,14 @@ def _make_dirs(folders: list[Path]) -> None:
 def _remove_tree(folder: Path) -> None:
     """Remove a folder of files (one level)."""
     if folder.is_dir():
-        for path in sorted(folder.iterdir()):
-            durable.unlink(path)
+        _remove_files(folder)
         durable.remove_dir(folder)
+
+
+def _remove_files(folder: Path) -> None:
+    for path in sorted(folder.iterdir()):
+        durable.unlink(path)
+    durable.sync_dir(folder)
 
 
 def _sweep_work(work: Path, entry: PushEntry | None) -> None:

@@ -156,16 +156,18 @@ class Refused(Message, frozen=True):
 
 
 class Ping(Message, frozen=True):
-    """Either side: still here."""
+    """Source: still here."""
 
 
 class Pong(Message, frozen=True):
-    """The answer to Ping."""
+    """Receiver: still here. Sent in answer to Ping, and unasked while it works."""
 
 
 FromSource = Query | Open | Finish | Abandon | Ping
 FromReceiver = VmState | Ready | Ack | Committed | Refused | Pong
 
+#: What msgspec raises for bytes that are no message; text that is not UTF-8 and nesting are not its own errors.
+_UNDECODABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 _encoder = msgspec.msgpack.Encoder()
 _from_source: msgspec.msgpack.Decoder[FromSource] = msgspec.msgpack.Decoder(FromSource)
 _from_receiver: msgspec.msgpack.Decoder[FromReceiver] = msgspec.msgpack.Decoder(FromReceiver)
@@ -201,7 +203,7 @@ def decode_from_source(body: bytes | bytearray | memoryview) -> FromSource:
     """A control message that a receiver may get. Raises WireError."""
     try:
         return _from_source.decode(body)
-    except (msgspec.DecodeError, msgspec.ValidationError) as error:
+    except _UNDECODABLE as error:
         raise WireError(f"bad message from the source: {error}") from None
 
 
@@ -209,7 +211,7 @@ def decode_from_receiver(body: bytes | bytearray | memoryview) -> FromReceiver:
     """A control message that a source may get. Raises WireError."""
     try:
         return _from_receiver.decode(body)
-    except (msgspec.DecodeError, msgspec.ValidationError) as error:
+    except _UNDECODABLE as error:
         raise WireError(f"bad message from the receiver: {error}") from None
 
 

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import sys
-
 from enum import StrEnum
 
 from replicator.errors import WireError
@@ -32,9 +31,13 @@ class Phase(StrEnum):
     OPENING = "opening"
     PUSHING = "pushing"
     FINISHING = "finishing"
+    REFUSED = "refused"
 
 
-#: (phase, message) → next phase. Query, Open, Data, Finish and Abandon come from the source, the rest from the receiver.
+#: What only the source sends; the rest comes from the receiver.
+FROM_SOURCE = (Query, Open, Data, Finish, Abandon)
+
+#: (phase, message) → next phase. Ping and Pong may come at any time.
 TABLE: dict[tuple[Phase, type], Phase] = {
     (Phase.IDLE, Query): Phase.ASKED,
     (Phase.IDLE, Abandon): Phase.ASKED,
@@ -48,11 +51,17 @@ TABLE: dict[tuple[Phase, type], Phase] = {
     (Phase.PUSHING, Ack): Phase.PUSHING,
     (Phase.PUSHING, Open): Phase.OPENING,
     (Phase.PUSHING, Abandon): Phase.ASKED,
-    (Phase.PUSHING, Refused): Phase.IDLE,
+    (Phase.PUSHING, Refused): Phase.REFUSED,
     (Phase.PUSHING, Finish): Phase.FINISHING,
     (Phase.FINISHING, Ack): Phase.FINISHING,
     (Phase.FINISHING, Committed): Phase.IDLE,
     (Phase.FINISHING, Refused): Phase.IDLE,
+    # Data and a Finish that were on their way when the push was refused are dropped.
+    (Phase.REFUSED, Data): Phase.REFUSED,
+    (Phase.REFUSED, Finish): Phase.IDLE,
+    (Phase.REFUSED, Query): Phase.ASKED,
+    (Phase.REFUSED, Open): Phase.OPENING,
+    (Phase.REFUSED, Abandon): Phase.ASKED,
     # An Ack may cross the message that makes it useless.
     (Phase.ASKED, Ack): Phase.ASKED,
     (Phase.OPENING, Ack): Phase.OPENING,
@@ -79,8 +88,10 @@ class Session:
 
 def as_markdown() -> str:
     """The table as docs/wire.md holds it."""
-    rows = ["| phase | message | next |", "|---|---|---|"]
-    rows += [f"| {at.value} | {kind.__name__} | {to.value} |" for (at, kind), to in TABLE.items()]
+    rows = ["| phase | message | sent by | next |", "|---|---|---|---|"]
+    for (at, kind), to in TABLE.items():
+        side = "source" if kind in FROM_SOURCE else "receiver"
+        rows.append(f"| {at.value} | {kind.__name__} | {side} | {to.value} |")
     return "\n".join(rows) + "\n"
 
 
