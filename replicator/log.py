@@ -2,7 +2,8 @@
 """The event log of one side, for trio: protected VMs are loaded, changed and saved here, one change at a time per VM.
 
 The store is synchronous: every call goes to a worker thread, all writes through one lane. A change is durable when
-``change`` returns; if saving fails, the VM is read again from the log, so that memory never runs ahead of it.
+``change`` returns, and nobody sees it before: what ``get`` and ``vms`` give is never changed in place, so that worker
+threads may read it. If saving fails, the VM is read again from the log.
 """
 
 from __future__ import annotations
@@ -107,20 +108,24 @@ class EventLog:
 
     @asynccontextmanager
     async def change(self, vm: UUID) -> AsyncIterator[ProtectedVm]:
-        """Hold the VM alone; the events triggered inside are durable when the block is left without an error.
+        """Hold the VM alone, as a copy; the events triggered inside are durable, and seen by others, when the block is left
+        without an error.
 
         A cancellation inside drops them; while they are being saved it waits for the outcome.
         """
         async with self._lock(vm):
-            aggregate = self._vms[vm]
+            working = self._vms[vm].working_copy()
+            yield working
+            if not working.pending_events:
+                return
             try:
-                yield aggregate
-                await self._save(aggregate)
+                await self._save(working)
             except BaseException:
-                if aggregate.pending_events:
-                    with trio.CancelScope(shield=True):
-                        self._vms[vm] = await self._read(self._reload, vm)
+                # The error does not say whether the events are in the log: the log does.
+                with trio.CancelScope(shield=True):
+                    self._vms[vm] = await self._read(self._reload, vm)
                 raise
+            self._vms[vm] = working
             changed, self._changed = self._changed, trio.Event()
             changed.set()
 

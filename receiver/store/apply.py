@@ -13,11 +13,11 @@ from pathlib import Path
 from uuid import UUID
 
 from receiver.store.layout import VmPaths
-from receiver.store.view import Replica
+from receiver.store.maps import remake_replica_map, update_map
+from receiver.store.view import Replica, Shape
 from replicator import durable
 from replicator.domain.model import PointDisk
-from replicator.errors import DamageError
-from replicator.imagemap import ImageMap
+from replicator.errors import DamageError, StateError
 from replicator.phcbt.encode import StreamWriter, encode_chunk
 from replicator.phcbt.format import StreamHeader
 from replicator.phcbt.read import StoredDelta
@@ -98,7 +98,10 @@ def _put(file: durable.DurableFile, position: int, pieces: list[bytes | memoryvi
 
 
 def write_replica(paths: VmPaths, forward: Path, disk: PointDisk, point: int) -> int:
-    """Bring a replica to ``point`` by its forward delta, durably; returns the bytes written."""
+    """Bring a replica and its map to ``point`` by the forward delta, durably; returns the bytes written.
+
+    A map that is lost or damaged is made again. Raises PhcbtError, DamageError, also if the content is not the recorded one then.
+    """
     delta = StoredDelta(forward)
     try:
         written = 0
@@ -113,27 +116,13 @@ def write_replica(paths: VmPaths, forward: Path, disk: PointDisk, point: int) ->
                         file.write_at(piece, offset)
                         written += len(piece)
             file.sync()
-        update_map(paths.replica_map(disk), delta, disk, point)
+        try:
+            update_map(paths.replica_map(disk), delta, disk, point)
+        except (DamageError, StateError):
+            # The map itself may be what is damaged: the content says.
+            shape = Shape.of(delta.header)
+            remake_replica_map(paths, disk, point, shape)
         durable.sync_dir(paths.replica(disk).parent)
         return written
     finally:
         delta.close()
-
-
-def update_map(path: Path, delta: StoredDelta, disk: PointDisk, point: int) -> None:
-    """Bring a map to ``point`` by a delta; a chain's first delta makes the map anew. Can be repeated.
-
-    Raises DamageError if the map does not come to the disk's recorded root.
-    """
-    if disk.since == point:
-        durable.unlink(path)
-        header = delta.header
-        digests = ImageMap.create(path, header.algorithm, header.grain, disk.size, point=0)
-    else:
-        digests = ImageMap.open(path)
-    with digests:
-        if digests.point > point:
-            raise DamageError(f"{path} is at point {digests.point}, past {point}")
-        if digests.point < point:
-            digests.apply(delta.runs(), disk.size, point, expected_root=disk.root)
-    durable.sync_dir(path.parent)

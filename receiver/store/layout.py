@@ -102,7 +102,6 @@ def expected_files(vm: ProtectedVm, paths: VmPaths) -> tuple[set[Path], set[Path
             if number > vm.applied:
                 must.add(paths.forward(number, disk))
             else:
-                may.add(paths.forward(number, disk))
                 must |= {paths.replica(disk), paths.replica_map(disk)}
                 (must if chain_end(vm, disk) > number else may).add(paths.reverse(number, disk))
             may |= {paths.replica(disk), paths.replica_map(disk)}

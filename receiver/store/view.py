@@ -8,22 +8,37 @@ reverse delta at the bottom of its stack, at a moment when no read is under way 
 
 from __future__ import annotations
 
+import errno
 import heapq
 import os
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import trio
 
 from replicator.disk import Extent
-from replicator.errors import DamageError
+from replicator.errors import DamageError, StateError
 from replicator.imagemap import ImageMap
-from replicator.phcbt.format import Algorithm, Kind
+from replicator.phcbt.format import Algorithm, Kind, StreamHeader
 from replicator.phcbt.read import StoredDelta
 
 #: Ranges asked of the file system at once when looking for data.
 _EXTENTS_PER_CALL = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """How a disk's grains are cut and digested."""
+
+    algorithm: Algorithm
+    grain: int
+
+    @classmethod
+    def of(cls, header: StreamHeader) -> Shape:
+        """As a delta has it."""
+        return cls(header.algorithm, header.grain)
 
 
 class Gate:
@@ -65,16 +80,16 @@ class Gate:
 
 
 class Replica:
-    """The replica file of a disk's chain, open for reading, with the map of its digests if there is one."""
+    """The replica file of a disk's chain, open for reading, with the map of its digests if that can be used."""
 
     def __init__(self, path: Path, map_path: Path | None) -> None:
         self.path = path
+        self.map_path = map_path
         self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            self.map = ImageMap.open(map_path) if map_path is not None else None
-        except BaseException:
-            os.close(self.fd)
-            raise
+        self.map: ImageMap | None = None
+        if map_path is not None:
+            with suppress(DamageError, StateError):  # content is read without it; verify reports it
+                self.map = ImageMap.open(map_path)
 
     def read(self, offset: int, length: int) -> bytes:
         """Bytes at ``offset``; past the end of the file there are zeros. Blocks."""
@@ -93,8 +108,10 @@ class Replica:
         while at < end and len(found) < _EXTENTS_PER_CALL:
             try:
                 begin = os.lseek(self.fd, at, os.SEEK_DATA)
-            except OSError:  # ENXIO: no data from here on
-                break
+            except OSError as error:
+                if error.errno == errno.ENXIO:  # no data from here on
+                    break
+                raise
             if begin >= end:
                 break
             stop = min(os.lseek(self.fd, begin, os.SEEK_HOLE), end)
@@ -113,10 +130,16 @@ class PointView:
     """One disk of a recovery point. Open until ``close``; reads are cancellable and have no effect."""
 
     def __init__(
-        self, size: int, grain: int, stack: list[StoredDelta], replica: Replica | None, gate: Gate
+        self,
+        size: int,
+        shape: Shape,
+        stack: list[StoredDelta],
+        replica: Replica | None,
+        gate: Gate,
     ) -> None:
         self._size = size
-        self.grain = grain
+        self.algorithm = shape.algorithm
+        self.grain = shape.grain
         self.stack = stack
         self.replica = replica
         self._gate = gate
@@ -132,10 +155,21 @@ class PointView:
         if offset < 0 or length < 0 or offset + length > self._size:
             raise ValueError(f"read of {length} bytes at {offset} of a disk of {self._size}")
         async with self._gate.shared():
-            return await trio.to_thread.run_sync(self.read_blocking, offset, length)
+            return await trio.to_thread.run_sync(self._read, offset, length)
 
-    def read_blocking(self, offset: int, length: int) -> bytes:
-        """As ``read``, in this thread; the caller holds the gate or is the only user of the stack."""
+    async def digest(self, offset: int, length: int) -> tuple[bytes, list[int]]:
+        """The digests of whole grains as they read now, and the numbers of those that the replica's map has otherwise.
+
+        What a delta holds is held against the delta's own digests by reading it. Raises as ``read``.
+        """
+        async with self._gate.shared():
+            return await trio.to_thread.run_sync(self._digest, offset, length)
+
+    def _read(self, offset: int, length: int) -> bytes:
+        return self._read_over(offset, length)[0]
+
+    def _read_over(self, offset: int, length: int) -> tuple[bytes, list[tuple[int, int]]]:
+        """The bytes, and the ranges (offset, length) of them that no delta holds."""
         self._check_open()
         gaps = [(offset, length)]
         pieces: list[tuple[int, bytes | int]] = []
@@ -146,30 +180,34 @@ class PointView:
         for at, count in gaps:
             pieces.append((at, self.replica.read(at, count) if self.replica else count))
         if len(pieces) == 1 and isinstance(pieces[0][1], bytes):
-            return pieces[0][1]
+            return pieces[0][1], gaps
         data = bytearray(length)
         for at, piece in pieces:
             if not isinstance(piece, int):
                 data[at - offset : at - offset + len(piece)] = piece
-        return bytes(data)
+        return bytes(data), gaps
 
-    def digest(self, grain: int) -> tuple[bytes, Path]:
-        """The digest that a grain must have, and the file that holds its content. Blocks."""
-        for delta in self.stack:
-            found = delta.digests(grain)
-            if found is not None:
-                return found, Path(delta.path)
-        if self.replica is None:
-            return b"", Path()
-        assert self.replica.map is not None
-        return self.replica.map.digests(grain, 1), self.replica.path
-
-    @property
-    def algorithm(self) -> Algorithm:
-        """How the disk's grains are digested."""
-        if self.replica is not None and self.replica.map is not None:
-            return self.replica.map.algorithm
-        return self.stack[0].header.algorithm
+    def _digest(self, offset: int, length: int) -> tuple[bytes, list[int]]:
+        plain, gaps = self._read_over(offset, length)
+        digests = self.algorithm.digest_grains(plain, self.grain)
+        if self.replica is None or self.replica.map is None:
+            return digests, []
+        size, base = self.algorithm.digest_size, offset // self.grain
+        differing: list[int] = []
+        for at, count in gaps:
+            # A grain that a delta holds in part (the disk ended in it then) is as that delta says.
+            first = -(-at // self.grain)
+            end = at + count
+            last = -(-end // self.grain) if end == self._size else end // self.grain
+            known = _known_digests(self.replica.map, first, last)
+            if known != digests[(first - base) * size : (last - base) * size]:
+                differing += [
+                    grain
+                    for grain in range(first, last)
+                    if known[(grain - first) * size : (grain - first + 1) * size]
+                    != digests[(grain - base) * size : (grain - base + 1) * size]
+                ]
+        return digests, differing
 
     def holder(self, grain: int) -> Path:
         """The file that holds a grain's content; an empty path if none does. Blocks."""
@@ -229,6 +267,14 @@ class PointView:
             if self.replica is not None:
                 with suppress(OSError):
                     self.replica.close()
+
+
+def _known_digests(digests: ImageMap, first: int, last: int) -> bytes:
+    """The map's digests of grains ``first`` to ``last`` (not included); zeros past its end."""
+    count = max(0, last - first)
+    inside = min(count, max(0, digests.grains - first))
+    known = digests.digests(first, inside) if inside else b""
+    return known.ljust(count * digests.algorithm.digest_size, b"\0")
 
 
 def _extents_of(delta: StoredDelta, start: int) -> Iterator[Extent]:

@@ -12,20 +12,23 @@ from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 from uuid import UUID
 
 import trio
 from eventsourcing.persistence import PersistenceError
 
-from receiver.store import apply, recovery
+from receiver.store import apply, maps, recovery
+from receiver.store.files import stack_files
 from receiver.store.landing import Expected, Landing, remove_folder
 from receiver.store.layout import VmPaths, stem
-from receiver.store.view import Gate, PointView, Replica
+from receiver.store.view import Gate, PointView, Replica, Shape
 from replicator import durable
 from replicator.domain.model import Damage, Point, PointDisk, PushKind
 from replicator.domain.vm import ProtectedVm
-from replicator.errors import DamageError, PhcbtError, RefusedError, ReplicatorError
+from replicator.errors import DamageError, PhcbtError, RefusedError, ReplicatorError, StateError
 from replicator.imagemap import ImageMap, RootBuilder, vm_root
 from replicator.log import EventLog
 from replicator.phcbt.read import StoredDelta
@@ -71,9 +74,11 @@ class VmStore:
         self._retention = retention
         self._gate = Gate()
         self._stacks = trio.Lock()  # building a stack, or adding to open ones
-        self._files = trio.Lock()  # a commit, or a sweep
+        self._applying = trio.Lock()  # writing to the replica; taken before _files and _stacks
+        self._files = trio.Lock()  # opening or committing a push, or a sweep
         self._views: list[_OpenView] = []
         self._held: Counter[int] = Counter()
+        self._leaving: frozenset[int] = frozenset()  # points whose release is being recorded
         self._wake = trio.Event()
         #: Why deltas are not being applied, or None.
         self.trouble: str | None = None
@@ -99,7 +104,8 @@ class VmStore:
         landing = await self._settle_push()
         removed = await trio.to_thread.run_sync(recovery.sweep, self.vm, self.paths, landing)
         damages = await trio.to_thread.run_sync(recovery.missing_files, self.vm, self.paths)
-        damages += await trio.to_thread.run_sync(recovery.mend_head, self.vm, self.paths)
+        damages += await trio.to_thread.run_sync(maps.mend_heads, self.vm, self.paths)
+        await trio.to_thread.run_sync(maps.mend_replica_maps, self.vm, self.paths)
         await self.report_damage(damages)
         return removed
 
@@ -140,21 +146,35 @@ class VmStore:
 
     async def open_push(self, opened: Open) -> Landing:
         """Begin or go on with a push. Raises PushRefusedHereError, WireError, PhcbtError; nothing has changed then."""
-        await self.report_damage(
-            await trio.to_thread.run_sync(recovery.mend_head, self.vm, self.paths)
-        )
-        expected = self._check_push(opened)
-        entry = await self._log.journal_get(self._journal_key)
-        if entry is not None and entry["push_id"] != opened.push_id:
-            await self.drop_push()
-            entry = None
-        watermarks = [0] * len(opened.disks)
-        if entry is not None and len(entry["durable"]) == len(watermarks):
-            watermarks = list(entry["durable"])
-        else:
-            await self._journal(opened, watermarks)
-        folder = self.paths.partial(opened.point)
-        return await trio.to_thread.run_sync(Landing, folder, opened, expected, watermarks)
+        if not await trio.to_thread.run_sync(maps.heads_good, self.vm, self.paths):
+            await self._mend_heads(thorough=False)
+        async with self._files:
+            expected = self._check_push(opened)
+            entry = await self._log.journal_get(self._journal_key)
+            if entry is not None and entry["push_id"] != opened.push_id:
+                await self._drop_push(entry)
+                entry = None
+            watermarks = [0] * len(opened.disks)
+            if entry is not None and len(entry["durable"]) == len(watermarks):
+                watermarks = list(entry["durable"])
+            else:
+                await self._journal(opened, watermarks)
+            folder = self.paths.partial(opened.point)
+            landing = await trio.to_thread.run_sync(Landing, folder, opened, expected, watermarks)
+            if list(landing.positions) != watermarks:
+                # What was cut off is not durable any more: other bytes will come in its place.
+                try:
+                    await self._journal(opened, list(landing.positions))
+                except BaseException:
+                    landing.close()
+                    raise
+            return landing
+
+    async def _mend_heads(self, *, thorough: bool) -> None:
+        async with self.still():
+            mend = partial(maps.mend_heads, thorough=thorough)
+            damages = await trio.to_thread.run_sync(mend, self.vm, self.paths)
+        await self.report_damage(damages)
 
     async def _journal(self, opened: Open, watermarks: list[int]) -> None:
         await self._log.journal_put(
@@ -183,7 +203,10 @@ class VmStore:
         number = newest.number if newest else 0
         root = newest.root if newest else None
         parent_fits = opened.kind is PushKind.SEED or opened.parent_root == root
-        if opened.parent != number or opened.point != number + 1 or not parent_fits:
+        # A seed may leave numbers out: those that the source used with a receiver that lost its state.
+        seed = opened.kind is PushKind.SEED
+        point_fits = opened.point > number if seed else opened.point == number + 1
+        if opened.parent != number or not point_fits or not parent_fits:
             raise PushRefusedHereError(
                 "wrong-parent",
                 f"the newest point here is {number}, the push makes {opened.point} on {opened.parent}"
@@ -199,22 +222,34 @@ class VmStore:
             return Expected(opened, disk, bytes(32), None, None)
         old = self.vm.newest.disk(disk.disk) if self.vm.newest else None
         if opened.kind is PushKind.SEED or old is None or old.since != disk.since:
-            raise PushRefusedHereError("wrong-parent", f"{disk.disk}: its chain is not the one here")
+            raise PushRefusedHereError(
+                "wrong-parent", f"{disk.disk}: its chain is not the one here"
+            )
         if disk.size < old.size:
             raise PushRefusedHereError(
                 "shrink",
                 f"{disk.disk} shrank from {old.size} to {disk.size} bytes: seed the VM again",
             )
-        head = ImageMap.open(self.paths.head_map(old))
-        grain, algorithm = head.grain, int(head.algorithm)
-        head.close()
-        return Expected(opened, disk, old.root, grain, algorithm)
+        try:
+            with ImageMap.open(self.paths.head_map(old)) as head:
+                return Expected(opened, disk, old.root, head.grain, int(head.algorithm))
+        except (DamageError, StateError) as error:
+            raise self._no_base(error) from error
+
+    def _no_base(self, error: Exception) -> PushRefusedHereError:
+        """A cycle cannot be checked against the newest point: the source has to send everything."""
+        return PushRefusedHereError(
+            "root-mismatch", f"no cycle can build on the newest point: {error}; seed the VM again"
+        )
 
     async def drop_push(self) -> None:
         """Forget an unfinished push: its journal entry first, then its files."""
-        entry = await self._log.journal_get(self._journal_key)
-        if entry is None:
-            return
+        async with self._files:
+            entry = await self._log.journal_get(self._journal_key)
+            if entry is not None:
+                await self._drop_push(entry)
+
+    async def _drop_push(self, entry: Any) -> None:
         await self._log.journal_delete(self._journal_key)
         await trio.to_thread.run_sync(remove_folder, self.paths.partial(int(entry["point"])))
 
@@ -226,8 +261,17 @@ class VmStore:
             raise PushRefusedHereError("bad-request", "the push ends with another number of disks")
         for landed, final in zip(landing.disks, finish.disks, strict=True):
             if await trio.to_thread.run_sync(landed.stream_root) != final.stream_root:
-                raise PushRefusedHereError("root-mismatch", f"{landed.path.name}: another stream was sent")
-        disks = await trio.to_thread.run_sync(self._new_disks, landing)
+                raise PushRefusedHereError(
+                    "root-mismatch", f"{landed.path.name}: another stream was sent"
+                )
+        try:
+            disks = await trio.to_thread.run_sync(self._new_disks, landing)
+        except (DamageError, StateError):
+            await self._mend_heads(thorough=True)
+            try:
+                disks = await trio.to_thread.run_sync(self._new_disks, landing)
+            except (DamageError, StateError) as error:
+                raise self._no_base(error) from error
         for disk, final in zip(disks, finish.disks, strict=True):
             if disk.root != final.root:
                 raise PushRefusedHereError(
@@ -265,11 +309,16 @@ class VmStore:
                 async with self._log.change(self.uuid) as vm:
                     vm.commit(point)
             except BaseException:
-                await trio.to_thread.run_sync(durable.rename, final, folder)
+                # An error in saving does not mean that nothing was saved: memory was read from the log again.
+                if point.number not in self.vm.points:
+                    await trio.to_thread.run_sync(durable.rename, final, folder)
                 raise
-            damages = await trio.to_thread.run_sync(recovery.mend_head, self.vm, self.paths)
+            try:
+                await trio.to_thread.run_sync(maps.advance_heads, self.vm, self.paths)
+            except maps.UNUSABLE as error:
+                # The point stands. The next push, or the next start, makes the map again.
+                _logger.error("%s: point %d: %s", self.vm.name, point.number, error)
             await self._log.journal_delete(self._journal_key)
-        await self.report_damage(damages)
         self.wake()
 
     def _new_disks(self, landing: Landing) -> list[PointDisk]:
@@ -286,11 +335,8 @@ class VmStore:
                     root = builder.root()
                 else:
                     shell = PointDisk(disk.disk, disk.identity, disk.size, b"", disk.since)
-                    head = ImageMap.open(self.paths.head_map(shell))
-                    try:
+                    with ImageMap.open(self.paths.head_map(shell)) as head:
                         root = head.preview(delta.runs(), disk.size)
-                    finally:
-                        head.close()
             finally:
                 delta.close()
             result.append(PointDisk(disk.disk, disk.identity, disk.size, root, disk.since))
@@ -300,8 +346,15 @@ class VmStore:
 
     def wake(self) -> None:
         """There may be something to apply or to let go of."""
-        self.settled = trio.Event()
+        if self.settled.is_set():  # who waits for it already goes on waiting for the same event
+            self.settled = trio.Event()
         self._wake.set()
+
+    @asynccontextmanager
+    async def still(self) -> AsyncIterator[None]:
+        """While inside, nothing is committed, applied or swept: maps stand still."""
+        async with self._applying, self._files:
+            yield
 
     async def run(self) -> None:
         """Apply deltas and let go of points, until cancelled.
@@ -326,7 +379,10 @@ class VmStore:
 
     async def _step(self) -> bool:
         """One apply or one release; False if there is nothing to do."""
-        vm = self.vm
+        async with (
+            self._files
+        ):  # a commit under way is over when it has brought the head maps forward
+            vm = self.vm
         if not vm.points:
             return False
         oldest = min(vm.points)
@@ -334,7 +390,8 @@ class VmStore:
         if vm.applied < target:
             number = min(number for number in vm.points if number > vm.applied)
             try:
-                await self._apply(number)
+                async with self._applying:
+                    await self._apply(number)
             except (DamageError, PhcbtError) as error:
                 await self._give_up_chain(number, error)
             return True
@@ -352,10 +409,17 @@ class VmStore:
             gone.append(number)
         if not gone:
             return False
-        async with self._log.change(self.uuid) as changing:
-            changing.release(gone)
-        await self._sweep()
+        await self._let_go(gone)
         return True
+
+    async def _let_go(self, gone: list[int]) -> None:
+        self._leaving = frozenset(gone)
+        try:
+            async with self._log.change(self.uuid) as changing:
+                changing.release(gone)
+        finally:
+            self._leaving = frozenset()
+        await self._sweep()
 
     async def _sweep(self) -> None:
         async with self._files:
@@ -378,9 +442,12 @@ class VmStore:
                 )
                 await self._deepen(disk, old_point.number, reverse)
             await trio.to_thread.run_sync(apply.write_replica, self.paths, forward, disk, number)
-        async with self._log.change(self.uuid) as changing:
-            changing.delta_applied(number)
-        await trio.to_thread.run_sync(self._drop_forward, point)
+        async with (
+            self._stacks
+        ):  # a view is opened by the log as it was before, with its files, or as it is after
+            async with self._log.change(self.uuid) as changing:
+                changing.delta_applied(number)
+            await trio.to_thread.run_sync(self._drop_forward, point)
 
     async def _give_up_chain(self, number: int, error: Exception) -> None:
         """A delta cannot be applied: say so; where a later seed began anew, let go of what lies between.
@@ -396,9 +463,11 @@ class VmStore:
         if not seeds:
             raise DamageError(f"point {number}: {error}; seed the VM again")
         gone = [n for n in self.vm.points if number <= n < min(seeds)]
-        async with self._log.change(self.uuid) as changing:
-            changing.release(gone)
-        await self._sweep()
+        if any(self._held[n] for n in gone):
+            raise DamageError(
+                f"point {number}: {error}; it is let go of when its readers have ended"
+            )
+        await self._let_go(gone)
 
     def _drop_forward(self, point: Point) -> None:
         for disk in point.disks:
@@ -412,12 +481,27 @@ class VmStore:
                     opened.view.stack.append(await trio.to_thread.run_sync(StoredDelta, reverse))
                     opened.deepest = old_point
 
+    async def remake_maps(self, point: Point, disk: PointDisk) -> None:
+        """Make the maps again that stand at a point whose content was proven right, as far as they are damaged."""
+        async with self.still():
+            if self.vm.applied == point.number:
+                await trio.to_thread.run_sync(self._remake_replica_map, point, disk)
+        await self._mend_heads(thorough=True)
+
+    def _remake_replica_map(self, point: Point, disk: PointDisk) -> None:
+        path = self.paths.replica_map(disk)
+        if not maps.is_good(path, disk, point.number, thorough=True):
+            shape = maps.find_shape(self.paths, disk, [])
+            maps.remake_replica_map(self.paths, disk, point.number, shape)
+
     # Views
 
     @asynccontextmanager
     async def hold(self, number: int | None) -> AsyncIterator[Point]:
         """Keep a point from being let go of while inside. Raises RefusedError if it is not kept."""
         point = self.vm.get_point(number)
+        if point.number in self._leaving:
+            raise RefusedError(f"recovery point {point.number} is being let go of")
         self._held[point.number] += 1
         try:
             yield point
@@ -446,21 +530,18 @@ class VmStore:
                     opened.view.close()
 
     def _open_view(self, point: Point, disk: PointDisk) -> _OpenView:
-        files = recovery.stack_files(self.vm, self.paths, point, disk)
+        files = stack_files(self.vm, self.paths, point, disk)
         stack: list[StoredDelta] = []
         try:
             stack.extend(map(StoredDelta, files.deltas))
-            replica = (
-                Replica(files.replica, files.replica_map) if files.replica is not None else None
-            )
-            grain = (
-                replica.map.grain if replica is not None and replica.map else stack[0].header.grain
-            )
-        except (OSError, PhcbtError) as error:
+            replica = Replica(files.replica, files.replica_map) if files.replica else None
+        except (OSError, PhcbtError, DamageError) as error:
             for delta in stack:
                 delta.close()
             raise DamageError(f"point {point.number}, {disk.disk}: {error}") from error
-        view = PointView(disk.size, grain, stack, replica, self._gate)
+        header = stack[0].header if stack else None
+        shape = Shape.of(header) if header else maps.find_shape(self.paths, disk, [])
+        view = PointView(disk.size, shape, stack, replica, self._gate)
         return _OpenView(view, point.number, stem(disk), files.deepest)
 
 

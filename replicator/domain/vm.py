@@ -7,6 +7,7 @@ clocks: times come in as arguments. Topics are explicit, because a stored topic 
 
 from __future__ import annotations
 
+import copy
 from datetime import datetime
 from typing import Any
 from uuid import UUID
@@ -26,8 +27,8 @@ from replicator.domain.model import (
 )
 from replicator.errors import RefusedError
 
-#: Damages kept per VM in memory: more than an operator reads; the log holds them all.
-DAMAGES_MAX = 1000
+#: Damages recorded of one point: more than an operator reads. Counted per point, so that one bad point hides no other.
+DAMAGES_MAX = 200
 
 
 class ProtectedVm(Aggregate):
@@ -95,8 +96,7 @@ class ProtectedVm(Aggregate):
         damage: list[Any]
 
         def apply(self, aggregate: ProtectedVm) -> None:
-            if len(aggregate.damages) < DAMAGES_MAX:
-                aggregate.damages.append(msgspec.convert(self.damage, Damage))
+            aggregate.damages.append(msgspec.convert(self.damage, Damage))
 
     class PointVerified(Event):
         """Every byte of a point was read and its root recomputed: it is what was recorded."""
@@ -204,6 +204,15 @@ class ProtectedVm(Aggregate):
         """A VM that this side has not known until now; ``role`` is source or receiver."""
         return cls._create(cls.Registered, id=stream_id(vm), vm=str(vm), name=name, role=role)
 
+    def working_copy(self) -> ProtectedVm:
+        """A copy to trigger events on. The original stays what the log says, also for threads that read it meanwhile."""
+        other = copy.copy(self)
+        other.points = dict(self.points)
+        other.damages = list(self.damages)
+        other.verified = dict(self.verified)
+        other._pending_events = []
+        return other
+
     def add_point(self, stored: list[Any]) -> None:
         """Fold a committed point into the state; called by the events."""
         point = msgspec.convert(stored, Point)
@@ -248,8 +257,9 @@ class ProtectedVm(Aggregate):
         self.trigger_event(self.PointsReleased, points=points)
 
     def damaged(self, damage: Damage) -> None:
-        """Record damage found in a point, unless exactly this is known already."""
-        if damage not in self.damages:
+        """Record damage found in a point, unless exactly this is known already, or enough to call all of it bad."""
+        known = [other for other in self.damages if other.point == damage.point]
+        if damage not in known and len(known) < DAMAGES_MAX:
             self.trigger_event(self.PointDamaged, damage=plain(damage))
 
     def point_verified(self, point: int, bytes_read: int) -> None:
