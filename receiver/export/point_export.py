@@ -92,9 +92,7 @@ async def serve_disk(
     async with store.open_disk(point, disk) as view, flat_nursery() as nursery:
         reporter = _Reporter(store, point, disk, view)
         nursery.start_soon(reporter.run)
-        await nursery.start(
-            partial(serve_nbd, socket, {disk.disk: view}, on_error=reporter.failed)
-        )
+        await nursery.start(partial(serve_nbd, socket, {disk.disk: view}, on_error=reporter.failed))
         yield
         nursery.cancel_scope.cancel()
 

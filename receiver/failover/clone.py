@@ -200,13 +200,15 @@ class CloneManager:
                         clone.nursery = nursery
                         started = True
                         task_status.started()
-                        await trio.sleep_forever()
+                        try:
+                            await trio.sleep_forever()
+                        finally:
+                            clone.nursery = None
         except _FAILURES as error:
             if not started:
                 raise
             _logger.error("%s: clone %s has failed: %s", store.vm.name, clone.clone_id, error)
         finally:
-            clone.nursery = None
             if self._clones.get(store.uuid) is clone:
                 del self._clones[store.uuid]
             clone.gone.set()
@@ -263,6 +265,7 @@ class CloneManager:
             async with store.changing() as vm:
                 vm.end_test()
             await self._log.journal_delete(_key(store))
+        store.wake()  # retention may let go of the point now
 
     # Start of the receiver
 
@@ -290,7 +293,9 @@ class CloneManager:
         entry = await self._log.journal_get(_key(store))
         test = store.vm.test
         if entry is not None and entry["act"] == "undo" and test is not None:
-            _logger.warning("%s: the undo of clone %s is finished now", store.vm.name, test.clone_id)
+            _logger.warning(
+                "%s: the undo of clone %s is finished now", store.vm.name, test.clone_id
+            )
             await self._finish_undo(store, test.clone_id)
             test = None
         keep = None if test is None else test.clone_id

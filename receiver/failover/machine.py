@@ -69,13 +69,27 @@ def command_line(drives: Sequence[Drive], name: str, qmp: Path) -> list[str]:
     """QEMU's command line: console on standard output, boot order as the disks stand, one NIC on a hub of its own."""
     # setpriv has the kernel kill QEMU with us; a function run between fork and exec would not be safe here.
     words = ["setpriv", "--pdeathsig", "KILL", "--", QEMU, "-name", _escaped(name), "-accel", "tcg"]
-    words += ["-M", "q35", "-nodefaults", "-no-user-config", "-m", str(MEMORY_MIB), "-display", "none"]
+    words += [
+        "-M",
+        "q35",
+        "-nodefaults",
+        "-no-user-config",
+        "-m",
+        str(MEMORY_MIB),
+        "-display",
+        "none",
+    ]
     words += ["-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"]
     words += ["-chardev", "stdio,id=console,signal=off", "-serial", "chardev:console"]
     words += ["-chardev", f"socket,id=qmp,path={_escaped(str(qmp))},server=on,wait=off"]
     words += ["-mon", "chardev=qmp,mode=control"]
     # A card that the guest can configure, on a wire that ends in nothing; no ROM: nothing to boot from there.
-    words += ["-netdev", "hubport,id=net0,hubid=0", "-device", "virtio-net-pci,netdev=net0,romfile="]
+    words += [
+        "-netdev",
+        "hubport,id=net0,hubid=0",
+        "-device",
+        "virtio-net-pci,netdev=net0,romfile=",
+    ]
     for index, drive in enumerate(drives):
         node = {
             "driver": "qcow2",
@@ -110,29 +124,29 @@ class Machine:
         self._news = trio.Event()
 
     async def run(self) -> None:
-        """Start QEMU and look after it until it ends or the task is cancelled. How it failed to start is kept."""
+        """Start QEMU and look after it until it ends or the task is cancelled. Why it did not start is kept."""
         try:
             console = await trio.to_thread.run_sync(_open_console, self.console_file)
+            try:
+                await self._run(_Console(self, console))
+            finally:
+                console.close()
         except OSError as error:
-            self._end(f"{self.console_file} cannot be made: {error.strerror}")
-            return
-        try:
-            process, stdout, stderr = self._start()
-        except OSError as error:
-            console.close()
-            self._end(f"QEMU cannot be started: {error.strerror}")
-            return
+            self._end(f"QEMU cannot be started: {error}")
+        finally:
+            self._end("the clone was stopped")
+
+    async def _run(self, console: _Console) -> None:
+        process, stdout, stderr = self._start()
         try:
             async with trio.open_nursery() as readers:
-                readers.start_soon(_read_pipe, stdout, _Console(self, console).take)
+                readers.start_soon(_read_pipe, stdout, console.take)
                 readers.start_soon(_read_pipe, stderr, self._take_stderr)
                 await _wait_exit(process)
             self._end(self._reason(process.returncode))
         finally:
             with trio.CancelScope(shield=True):
                 await self._stop(process)
-            console.close()
-            self._end("the clone was stopped")
 
     def _start(self) -> tuple[subprocess.Popen[bytes], int, int]:
         # In this thread on purpose: "die with the parent" means the thread that started it, and a worker thread ends

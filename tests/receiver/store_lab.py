@@ -25,6 +25,7 @@ from replicator.disk import DiskView
 from replicator.domain.model import Point, PushKind
 from replicator.imagemap import RootBuilder, vm_root
 from replicator.log import EventLog, open_log
+from replicator.nursery import flat_nursery
 from replicator.phcbt import Algorithm, StreamHeader, StreamWriter, encode_chunk
 from replicator.wire.messages import FinalDisk, Finish, Open, OpenDisk
 
@@ -50,7 +51,9 @@ class Image:
         if isinstance(content, Image):
             assert content.grain == grain
             return content
-        pieces = _file_pieces(content, grain) if isinstance(content, Path) else _pieces(content, grain)
+        pieces = (
+            _file_pieces(content, grain) if isinstance(content, Path) else _pieces(content, grain)
+        )
         found = {number: data.ljust(grain, b"\0") for number, data in pieces if any(data)}
         size = content.stat().st_size if isinstance(content, Path) else len(content)
         return cls(size, grain, found)
@@ -199,7 +202,9 @@ class StoreFixture:
         # Before the commit: if that is cut short, the point may exist all the same.
         self.expected[push.opened.point] = push.images
         try:
-            return await self.store.commit(landing, push.finish, push.opened.taken_at_us + 1_000_000)
+            return await self.store.commit(
+                landing, push.finish, push.opened.taken_at_us + 1_000_000
+            )
         finally:
             landing.close()
 
@@ -295,7 +300,7 @@ async def open_store(
     config = Config(
         state_dir=state_dir, dr_restore_points=keep, push_apply_remote=apply, dr_listen="x:1"
     )
-    async with open_log(state_dir / "events") as log, trio.open_nursery() as nursery:
+    async with open_log(state_dir / "events") as log, flat_nursery() as nursery:
         await log.register(VM, NAME, "receiver")
         stores = Stores(config, log, nursery)
         await stores.start()
