@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""Seed, push and run: the loop by a clock of its own, then the commands against a receiver on this machine."""
+
+from __future__ import annotations
+
+import logging
+import random
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import trio
+import trio.testing
+
+from receiver.daemon import run_receiver
+from replicator.cli.pushing import cycles, is_fenced
+from replicator.config import check
+from replicator.domain.failover import Command, State, decide
+from replicator.domain.model import PushKind
+from replicator.domain.vm import ProtectedVm
+from replicator.errors import PeerRefusedError, RefusedError, SourceError, UsageError, WireError
+from replicator.push.connection import ConnectionLostError
+from replicator.push.plan import Local, Refuse, Want, plan
+from replicator.wire.messages import VmState
+from tests.cli.conftest import KEY, Replctl, source_values, write_config
+from tests.cli.test_json_contract import VM, keeps_promise, promised
+
+FENCED = PeerRefusedError("stale-epoch", "the VM is in epoch 2")
+
+
+async def test_cycles_start_an_interval_apart_whatever_became_of_the_last(
+    autojump_clock: trio.testing.MockClock,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    del autojump_clock
+    monkeypatch.setattr(random, "random", lambda: 0.0)
+    failures = [
+        None,
+        SourceError("QEMU is\ngone"),
+        WireError("nonsense"),
+        PeerRefusedError("busy", "another push is under way"),
+        RefusedError("disk-0 shrank"),
+        UsageError("cannot use image"),
+        ConnectionLostError("cut"),
+        OSError(28, "No space left on device"),
+    ]
+    takes_s = [10.0, 0.0, 350.0, 0.0, 0.0, 0.0, 0.0, 0.0]
+    began = trio.current_time()
+    started: list[float] = []
+
+    async def push(want: Want) -> None:
+        assert want is Want.RUN
+        number = len(started)
+        started.append(trio.current_time() - began)
+        if number == len(failures):
+            raise FENCED
+        await trio.sleep(takes_s[number])
+        if (failure := failures[number]) is not None:
+            raise failure
+
+    with caplog.at_level(logging.ERROR), pytest.raises(PeerRefusedError) as caught:
+        await cycles(push, 300)
+    assert caught.value is FENCED
+    assert started == pytest.approx([0, 300, 600, 950, 1250, 1550, 1850, 2150, 2450])
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == 7
+    assert lines[0] == "this cycle failed: QEMU is gone"
+
+
+def test_only_a_failover_on_the_receiver_ends_it() -> None:
+    assert is_fenced(FENCED)
+    assert not is_fenced(PeerRefusedError("busy", "a fenced-off disk"))
+    assert not is_fenced(WireError("fenced"))
+    assert not is_fenced(RefusedError("disk-0 shrank"))
+
+
+def test_every_way_in_which_this_side_says_fenced_is_understood() -> None:
+    refused = plan(Local(None, 1, None), VmState(newest=None, epoch=2, push_id=None), Want.RUN)
+    assert isinstance(refused, Refuse)
+    assert is_fenced(RefusedError(refused.reason))
+    vm = ProtectedVm.register(VM, "web", "source")
+    vm.epoch = 2
+    with pytest.raises(RefusedError) as caught:
+        vm.check_commit(PushKind.CYCLE, 1)
+    assert is_fenced(caught.value)
+    with pytest.raises(RefusedError) as caught:
+        decide(State.UNSEEDED, Command.COMMIT_CYCLE)
+    assert not is_fenced(caught.value)
+
+
+@asynccontextmanager
+async def two_sites(tmp_path: Path, **values: object) -> AsyncIterator[tuple[Path, Path]]:
+    """Configurations of a receiver that runs, on a port of its own, and of a source that can push to it."""
+    common = {"dr_auth_token": KEY, "state_dir": tmp_path / "dr", "dr_listen": "127.0.0.1"}
+    receiver = write_config(tmp_path / "receiver.conf", common)
+    (tmp_path / "dr").mkdir()
+    config = check({key: str(value) for key, value in common.items()})
+    async with trio.open_nursery() as nursery:
+        port = await nursery.start(run_receiver, msgspec.structs.replace(config, dr_port=0))
+        source = write_config(
+            tmp_path / "source.conf", source_values(tmp_path, dr_port=port, **values)
+        )
+        yield source, receiver
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_seed_a_push_and_what_both_sides_show_of_them(
+    tmp_path: Path, replctl: Replctl
+) -> None:
+    async with two_sites(tmp_path) as (source, receiver):
+
+        async def at(config: Path, *words: str) -> Any:
+            done = await trio.to_thread.run_sync(
+                lambda: replctl("--json", "--config", config, *words)
+            )
+            assert done.code == 0, done.err
+            return done.json
+
+        async def told(config: Path, *words: str) -> tuple[int, str, str]:
+            done = await trio.to_thread.run_sync(lambda: replctl("--config", config, *words))
+            return done.code, done.out, done.err
+
+        assert await at(source, "status") == await at(source, "points", "web") == []
+        code, _, err = await told(source, "push")
+        assert (code, err.splitlines()[-1].endswith("run replctl seed first")) == (3, True)
+        code, out, err = await told(source, "seed")
+        assert code == 0
+        assert out.startswith("seed of web complete: recovery point 1, ")
+        assert "replicator backend up (v" in err
+        assert "phase=F8.1 mode=seed vm=web" in err
+        assert "DR cycle complete: vm=web cycle=1 bytes_pushed=" in err
+        code, out, err = await told(source, "seed")
+        assert (code, out) == (3, "")
+
+        pushed = await at(source, "push")
+        assert pushed.keys() == promised("PointInfo").keys() | promised("PushResult").keys()
+        assert (pushed["vm"], pushed["kind"], pushed["point"], pushed["resumed"]) == (
+            "web",
+            "cycle",
+            2,
+            False,
+        )
+
+        for config, role, numbers in ((source, "source", [2]), (receiver, "receiver", [1, 2])):
+            (status,) = await at(config, "status")
+            keeps_promise("VmStatus", status)
+            assert (status["role"], status["state"], status["newest_point"]) == (
+                role,
+                "protected",
+                2,
+            )
+            points = await at(config, "points", pushed["uuid"])
+            assert [point["point"] for point in points] == numbers
+            assert points[-1]["root"] == pushed["root"]
+            events = await at(config, "history", "web", "--since-id", "1", "--limit", "1")
+            assert [(event["id"], event["kind"]) for event in events] == [(2, "seed-committed")]
+            for words in (("status",), ("points", "web"), ("history", "web")):
+                code, out, _ = await told(config, *words)
+                assert (code, "protected" in out or "2023" in out or "20" in out) == (0, True)
+                assert all(line == line.rstrip() for line in out.splitlines())
+            code, out, err = await told(config, "points", "nope")
+            assert (code, out) == (3, "")
+            assert "no VM 'nope' here (known: web)" in err
+
+        result = await at(receiver, "verify", "web")
+        assert result.keys() == promised("VerifyResult").keys()
+        assert (result["point"], result["good"], result["damages"]) == (2, True, [])
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_run_seeds_pushes_and_stops_cleanly_when_told(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    """A process of its own: signals are the point."""
+    code = "import sys; from replicator.cli.main import main; sys.exit(main(sys.argv[1:]))"
+    async with two_sites(tmp_path, push_interval=1) as (source, _), trio.open_nursery() as nursery:
+        words = [sys.executable, "-c", code, "--config", str(source), "run"]
+        start = partial(trio.run_process, words, stderr=subprocess.PIPE, check=False)
+        process: trio.Process = await nursery.start(start)
+        assert process.stderr is not None
+        said = b""
+        with trio.fail_after(60):
+            while b"DR cycle complete: vm=web cycle=2 " not in said:
+                piece = await process.stderr.receive_some()
+                assert piece, said
+                said += piece
+            process.send_signal(number)
+            async for piece in process.stderr:
+                said += piece
+            assert await process.wait() == 0, said
+        assert b"phase=F8.2 mode=bitmap-push vm=web\n" in said
+        assert said.endswith(f"stopping on {number.name}\n".encode()), said
