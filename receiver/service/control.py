@@ -13,16 +13,16 @@ from uuid import UUID
 import msgspec
 import trio
 
-from replicator.domain.views import event_info, point_info, vm_status
-from replicator.errors import UsageError
-from replicator.log import EventLog
-from replicator.nursery import flat_nursery
 from receiver.export.point_export import export_disk
 from receiver.failover.clone import CloneManager
 from receiver.service.http import Answer, NotFoundError
 from receiver.store.stores import Stores
 from receiver.store.verify import verify_point
 from receiver.store.vm_store import VmStore
+from replicator.domain.views import event_info, point_info, vm_status
+from replicator.errors import UsageError
+from replicator.log import EventLog
+from replicator.nursery import flat_nursery
 
 _HISTORY_MAX = 10_000
 _PROGRESS_S = 0.2
@@ -33,9 +33,7 @@ Lines = AsyncGenerator[dict[str, Any], None]
 class ControlApi:
     """Answers control requests. Every method may raise an error of the tree, which the client gets in one line."""
 
-    def __init__(
-        self, log: EventLog, stores: Stores, clones: CloneManager, run_dir: Path
-    ) -> None:
+    def __init__(self, log: EventLog, stores: Stores, clones: CloneManager, run_dir: Path) -> None:
         self._log = log
         self._stores = stores
         self._clones = clones
@@ -49,7 +47,10 @@ class ControlApi:
 
     async def handle(self, method: str, target: str, body: dict[str, Any]) -> Answer:
         """One request; see docs/json.md for the routes."""
-        url = urlsplit(target)
+        try:
+            url = urlsplit(target)
+        except ValueError:
+            raise UsageError(f"not a request's target: {target}") from None
         match [unquote(part) for part in url.path.split("/")[1:]]:
             case ["v1", "status"] if method == "GET":
                 return self._status()
@@ -180,7 +181,7 @@ async def _steps(work: Callable[[Callable[[str], None]], Awaitable[None]]) -> Li
 
 
 def _number(text: str, what: str) -> int:
-    if not text.isdigit() or len(text) > 15:
+    if not (text.isascii() and text.isdigit()) or len(text) > 15:
         raise UsageError(f"{what}: expected a number")
     return int(text)
 
@@ -192,5 +193,3 @@ def _point(body: dict[str, Any]) -> int | None:
     if not isinstance(point, int) or isinstance(point, bool) or point < 1:
         raise UsageError("point: expected the number of a recovery point")
     return point
-
-

@@ -6,13 +6,12 @@ It knows routes only as a callable; errors of the tree become status codes with 
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 import os
-import stat
+import socket
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +25,18 @@ from replicator.nursery import flat_nursery
 _logger = logging.getLogger(__name__)
 
 _BODY_MAX = 64 << 10
-_REQUEST_S = 30
+#: How long a client may take for its request, and for any piece of the answer that it is to read. Seconds.
+_REQUEST_S = 30.0
 _CONNECTIONS_MAX = 64
+_SOCKET_NAME_MAX = 107
 
 #: One line of an answer; a handler gives either one object or a stream of them.
 Answer = dict[str, Any] | AsyncGenerator[dict[str, Any], None]
 Handler = Callable[[str, str, dict[str, Any]], Awaitable[Answer]]
 
 
-class NotFoundError(ReplicatorError):
+class NotFoundError(UsageError):
     """No such route."""
-
-    exit_code = 2
 
 
 async def serve_http(
@@ -48,45 +47,55 @@ async def serve_http(
 ) -> None:
     """Serve until cancelled. ``handler(method, target, body)``; a stream is closed when its client goes away.
 
-    Raises StateError if the socket cannot be made.
+    Raises UsageError for a path that is too long, StateError if the socket cannot be made.
     """
-    listener = await _listen(path)
+    listener = _listen(path)
     places = trio.CapacityLimiter(_CONNECTIONS_MAX)
 
     async def connection(stream: trio.SocketStream) -> None:
         async with places, stream:
             try:
                 await _Connection(stream, handler).run()
-            except (OSError, trio.BrokenResourceError, trio.ClosedResourceError, h11.ProtocolError) as error:
+            except (OSError, trio.BrokenResourceError, trio.ClosedResourceError) as error:
                 _logger.debug("control client: %s", error)
-            except trio.TooSlowError:
-                _logger.debug("control client sent no request in time")
+            except _UnreadError:
+                _logger.warning("a control client did not read its answer in time")
+            except h11.LocalProtocolError as error:
+                # What was asked for cannot be said in HTTP, such as a body in answer to HEAD.
+                _logger.warning("a control client cannot be answered: %s", error)
 
     try:
         async with trio.open_nursery() as nursery:
             await nursery.start(trio.serve_listeners, connection, [listener])
             task_status.started()
     finally:
-        path.unlink(missing_ok=True)
+        listener.socket.close()
+        with suppress(FileNotFoundError):
+            os.unlink(path)
 
 
-async def _listen(path: Path) -> trio.SocketListener:
+def _listen(path: Path) -> trio.SocketListener:
     """The socket, for its owner only. The caller holds the state directory's lock: an old one is stale."""
-    if len(os.fsencode(path)) > 107:
-        raise UsageError(f"control_socket: {path} is longer than a socket's name may be (107 bytes)")
+    if len(os.fsencode(path)) > _SOCKET_NAME_MAX:
+        raise UsageError(
+            f"control_socket: {path} is longer than a socket's name may be ({_SOCKET_NAME_MAX} bytes)"
+        )
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
     try:
-        if path.exists() and stat.S_ISSOCK(path.stat().st_mode):
+        if path.is_socket():
             path.unlink()
-        sock = trio.socket.socket(trio.socket.AF_UNIX, trio.socket.SOCK_STREAM)
-        before = os.umask(0o177)
-        try:
-            await sock.bind(str(path))
-        finally:
-            os.umask(before)
+        sock.bind(os.fspath(path))
+        # Nobody can connect before it listens, and then it is private: no need to touch the process's umask.
+        path.chmod(0o600)
         sock.listen(_CONNECTIONS_MAX)
+        return trio.SocketListener(trio.socket.from_stdlib_socket(sock))
     except OSError as error:
-        raise StateError(f"control socket {path}: {error.strerror or errno.errorcode[error.errno or 0]}") from error
-    return trio.SocketListener(sock)
+        sock.close()
+        raise StateError(f"control socket {path}: {error.strerror}") from error
+
+
+class _UnreadError(Exception):
+    """The client does not read what it asked for."""
 
 
 class _Connection:
@@ -98,24 +107,28 @@ class _Connection:
         self._http = h11.Connection(h11.SERVER)
 
     async def run(self) -> None:
-        with trio.fail_after(_REQUEST_S):
-            method, target, raw = await self._request()
+        """One request. Raises what the stream does, and _UnreadError."""
         try:
-            try:
-                body = json.loads(raw) if raw else {}
-            except ValueError:
-                raise UsageError("the request is not JSON") from None
-            if not isinstance(body, dict):
-                raise UsageError("the request is not a JSON object")
-            answer = await self._handler(method, target, body)
+            with trio.move_on_after(_REQUEST_S) as scope:
+                method, target, raw = await self._request()
+            if scope.cancelled_caught:
+                raise h11.RemoteProtocolError(
+                    f"not whole within {_REQUEST_S:.0f} s", error_status_hint=408
+                )
+            answer = await self._handler(method, target, _parse(raw))
+        except h11.RemoteProtocolError as error:
+            said = {"error": f"bad request: {error}", "exit_code": 2}
+            await self._send_whole(error.error_status_hint, said)
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            raise
         except Exception as error:  # noqa: BLE001 - every failure is answered; see _error
             status, said = _error(error)
             await self._send_whole(status, said)
-            return
-        if isinstance(answer, dict):
-            await self._send_whole(200, answer)
         else:
-            await self._send_stream(answer)
+            if isinstance(answer, dict):
+                await self._send_whole(200, answer)
+            else:
+                await self._send_stream(answer)
 
     async def _request(self) -> tuple[str, str, bytes]:
         method = target = ""
@@ -129,11 +142,13 @@ class _Connection:
             elif isinstance(event, h11.Data):
                 body += event.data
                 if len(body) > _BODY_MAX:
-                    raise h11.RemoteProtocolError("request too large")
+                    raise h11.RemoteProtocolError(
+                        f"a body of more than {_BODY_MAX} bytes", error_status_hint=413
+                    )
             elif isinstance(event, h11.EndOfMessage):
                 return method, target, bytes(body)
-            else:
-                raise h11.RemoteProtocolError("no request")
+            else:  # the client closed the connection
+                raise trio.BrokenResourceError("no whole request came")
 
     async def _send_whole(self, status: int, body: dict[str, Any]) -> None:
         data = json.dumps(body).encode()
@@ -145,7 +160,7 @@ class _Connection:
         head = self._http.send(h11.Response(status_code=status, headers=headers))
         sent = self._http.send(h11.Data(data=data))
         end = self._http.send(h11.EndOfMessage())
-        await self._stream.send_all((head or b"") + (sent or b"") + (end or b""))
+        await self._put((head or b"") + (sent or b"") + (end or b""))
 
     async def _send_stream(self, answer: AsyncGenerator[dict[str, Any], None]) -> None:
         headers = [
@@ -160,7 +175,7 @@ class _Connection:
                 try:
                     async for line in answer:
                         await self._send_line(line)
-                except (trio.BrokenResourceError, trio.ClosedResourceError):
+                except (trio.BrokenResourceError, trio.ClosedResourceError, _UnreadError):
                     raise
                 except Exception as error:  # noqa: BLE001 - every failure is answered; see _error
                     _, said = _error(error)
@@ -178,9 +193,23 @@ class _Connection:
         await self._send(h11.Data(data=json.dumps(line).encode() + b"\n"))
 
     async def _send(self, event: h11.Response | h11.Data | h11.EndOfMessage) -> None:
-        data = self._http.send(event)
-        if data:
+        await self._put(self._http.send(event) or b"")
+
+    async def _put(self, data: bytes) -> None:
+        with trio.move_on_after(_REQUEST_S) as scope:
             await self._stream.send_all(data)
+        if scope.cancelled_caught:
+            raise _UnreadError
+
+
+def _parse(raw: bytes) -> dict[str, Any]:
+    try:
+        body = json.loads(raw) if raw else {}
+    except (ValueError, RecursionError):
+        raise UsageError("the request is not JSON") from None
+    if not isinstance(body, dict):
+        raise UsageError("the request is not a JSON object")
+    return body
 
 
 def _error(error: Exception) -> tuple[int, dict[str, Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import socket
+from contextlib import suppress
 
 import trio
 
@@ -21,12 +22,17 @@ class Notifier:
         self.watchdog_s = int(usec) / 2e6 if usec.isdigit() and int(usec) else None
 
     def send(self, *lines: str) -> None:
-        """Send assignments such as ``READY=1``. Raises OSError if systemd named a socket that is not there."""
+        """Send assignments such as ``READY=1``. Raises OSError if systemd named a socket that is not there.
+
+        Never waits: where systemd is behind with reading, the lines are dropped. They are said again in time.
+        """
         if not self._address:
             return
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
-            sock.connect(self._address)
-            sock.send("\n".join(lines).encode())
+            sock.setblocking(False)
+            with suppress(BlockingIOError):
+                sock.connect(self._address)
+                sock.send("\n".join(lines).encode())
 
     async def watch(self) -> None:
         """Tell the watchdog for as long as the event loop runs; returns at once where there is none."""
