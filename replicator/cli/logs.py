@@ -39,13 +39,13 @@ class _Formatter(logging.Formatter):
         return super().formatMessage(record)
 
     def format(self, record: logging.LogRecord) -> str:
-        """One line; the traceback, if there is one, only at verbose 3."""
+        """One line that names the error; its traceback, if there is one, only at verbose 3."""
         if self._tracebacks:
             return super().format(record)
-        bare = logging.makeLogRecord(
-            {**record.__dict__, "exc_info": None, "exc_text": None, "stack_info": None}
-        )
-        return super().format(bare)
+        fields = {**record.__dict__, "exc_info": None, "exc_text": None, "stack_info": None}
+        if record.exc_info and (error := record.exc_info[1]) is not None:
+            fields |= {"msg": f"{record.getMessage()}: {type(error).__name__}: {error}", "args": ()}
+        return super().format(logging.makeLogRecord(fields))
 
 
 def configure(verbose: int) -> None:

@@ -118,8 +118,8 @@ async def read_name(qmp: QmpClient) -> str | None:
 
 
 async def find_disks(qmp: QmpClient, inventory: Inventory) -> list[Disk]:
-    """The VM's disks by identity: in QEMU what its devices hold, in a storage daemon what it
-    exports writable.
+    """The VM's disks: in QEMU what its devices hold, in the machine's own order, so that the first
+    is what it boots from; in a storage daemon what it exports writable, by identity.
 
     Left out: removable media, what is read-only, and the firmware's flash. Raises SourceError.
     """
@@ -128,7 +128,7 @@ async def find_disks(qmp: QmpClient, inventory: Inventory) -> list[Disk]:
     except QmpError as error:
         if error.kind != "CommandNotFound":
             raise
-        named = _exported(inventory)
+        named = sorted(_exported(inventory), key=lambda disk: disk[1])
     else:
         named = _devices(await qmp.execute("query-block"))
     disks: dict[str, Disk] = {}
@@ -146,7 +146,7 @@ async def find_disks(qmp: QmpClient, inventory: Inventory) -> list[Disk]:
         disks[identity] = Disk(identity, node)
     if not disks:
         raise SourceError("QEMU has no writable disk")
-    return [disks[identity] for identity in sorted(disks)]
+    return list(disks.values())
 
 
 def _exported(inventory: Inventory) -> list[tuple[str, str]]:

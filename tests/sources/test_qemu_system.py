@@ -89,7 +89,8 @@ async def test_writable_disks_only_and_a_whole_cycle(root: Path) -> None:
     )
     await snapshot.check()
     await snapshot.aclose()
-    assert [d.identity for d in (await again(root, "p1")).disks] == ["named-node", "virtio0"]
+    # In the machine's order: the first is what it boots from.
+    assert [d.identity for d in (await again(root, "p1")).disks] == ["virtio0", "named-node"]
     await source(root).confirm(SnapshotName("p1", None))
     snapshot = await source(root).take(SnapshotName("p2", "p1"))
     views = {disk.identity: disk.view for disk in snapshot.disks}
