@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""Peak memory of both sides for seeds of disks of two sizes that hold the same amount of data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import trio
+
+from bench.images import GIB, MIB, spread
+from bench.proc import Memory
+from bench.report import Result
+from bench.site import site
+
+SIZES = (1 * GIB, 64 * GIB)
+DATA = 512 * MIB
+#: How much more the large disk may cost, bytes of anonymous memory.
+GROWTH_MAX = 24 * MIB
+
+
+@dataclass(frozen=True, slots=True)
+class Peaks:
+    """Of one seed, with its application to the replica."""
+
+    source: Memory
+    receiver: Memory
+
+
+async def measure(folder: Path, size: int, data: int) -> Peaks:
+    """Seed a sparse image of ``size`` bytes with ``data`` bytes spread over it."""
+    image = await trio.to_thread.run_sync(spread, folder / f"{size}.raw", size, data)
+    options = {"source": "image", "image_disks": f"disk-0={image.path}"}
+    async with site(folder / f"site-{size}", options) as pair:
+        pushed = await pair.push("seed", sample=True)
+        await pair.applied(pushed.point)
+        pair.receiver_memory.peak = pair.receiver_peak()
+    image.path.unlink()
+    return Peaks(pushed.memory, pair.receiver_memory)
+
+
+async def run(folder: Path, shrink: int, pairs: int) -> Result:
+    """One seed of each size: memory does not vary from run to run as time does."""
+    del pairs
+    small, large = [await measure(folder, size, DATA // shrink) for size in SIZES]
+    what = (
+        f"peak memory, MiB, of seeds of sparse disks of {SIZES[0] // GIB} and {SIZES[1] // GIB} GiB"
+    )
+    result = Result("memory", f"{what}, both with {DATA // shrink // MIB} MiB of data")
+    for side in ("source", "receiver"):
+        both: tuple[Memory, Memory] = (getattr(small, side), getattr(large, side))
+        result.figures[f"{side}, resident with files, MiB"] = [each.peak / MIB for each in both]
+        result.figures[f"{side}, anonymous, MiB"] = [each.anonymous / MIB for each in both]
+        growth = (both[1].anonymous - both[0].anonymous) / GROWTH_MAX
+        result.ratios[f"{side}: growth / {GROWTH_MAX // MIB} MiB"] = (growth, 1.0)
+    return result
+
+
+__all__ = ["GROWTH_MAX", "Peaks", "measure", "run"]
