@@ -22,7 +22,7 @@ class _StderrHandler(logging.Handler):
             sys.stderr.write(self.format(record) + "\n")
             sys.stderr.flush()
         except OSError:
-            self.handleError(record)
+            return  # what is being done matters more than telling of it
 
 
 class _Formatter(logging.Formatter):

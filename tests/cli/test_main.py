@@ -83,6 +83,7 @@ def test_the_default_configuration_is_the_products() -> None:
         (UsageError("x"), Failure("x", 2)),
         (RefusedError("x"), Failure("x", 3)),
         (KeyboardInterrupt(), Failure(None, 130)),
+        (click.ClickException("cannot"), Failure("cannot", 1)),
         (OSError(errno.ENOSPC, "No space left on device"), Failure("No space left on device", 1)),
         (OSError(errno.EACCES, "Permission denied", "/x"), Failure("/x: Permission denied", 1)),
         (OperationalError("event store /x: full"), Failure("event store /x: full", 1)),
