@@ -6,11 +6,11 @@ from __future__ import annotations
 import click
 import trio
 
+from receiver.daemon import run_receiver
 from replicator.cli.context import CliContext
 from replicator.config import load_keys
 from replicator.errors import UsageError
 from replicator.state_dir import open_state_dir
-from receiver.daemon import run_receiver
 
 
 @click.command()

@@ -10,18 +10,18 @@ from pathlib import Path
 
 import trio
 
-from replicator import __version__, durable
-from replicator.config import Config, load_keys
-from replicator.errors import StateError
-from replicator.log import EventLog, open_log
-from replicator.nursery import flat_nursery
-from replicator.wire.keys import Keyring
 from receiver.failover.clone import CloneManager
 from receiver.service.control import ControlApi
 from receiver.service.http import serve_http
 from receiver.service.sessions import PushServer
 from receiver.status.notify import Notifier
 from receiver.store.stores import Stores
+from replicator import __version__, durable
+from replicator.config import Config, load_keys
+from replicator.errors import StateError
+from replicator.log import EventLog, open_log
+from replicator.nursery import flat_nursery
+from replicator.wire.keys import Keyring
 
 _logger = logging.getLogger(__name__)
 

@@ -8,7 +8,6 @@ refusal. The diagram and the table in docs/failover.md are drawn from it (``pyth
 from __future__ import annotations
 
 import sys
-
 from dataclasses import dataclass
 from enum import StrEnum
 

@@ -94,10 +94,8 @@ def make_tree(folder: Path, count: int, seed: int) -> None:
         place = folder / f"area-{chance.randrange(12)}" / f"group-{chance.randrange(24)}"
         place.mkdir(parents=True, exist_ok=True)
         length = int(256 * 1024 * chance.random() ** 6)
-        if number % 2:
-            content = chance.randbytes(length)
-        else:
-            content = " ".join(chance.choices(words, k=length // 8 + 1)).encode()[:length]
+        text = " ".join(chance.choices(words, k=length // 8 + 1)).encode()[:length]
+        content = chance.randbytes(length) if number % 2 else text
         (place / f"file-{number}").write_bytes(content)
 
 
