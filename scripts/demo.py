@@ -232,7 +232,7 @@ class Demo:
             async with self.receiver():
                 await pushed.wait()
                 seconds = time.monotonic() - started
-                kept = outcome["resumed_at"]
+                kept = outcome["resumed_bytes"]
                 check(outcome["resumed"] and kept > 0, "the push did not go on where it was")
                 self.report.add(
                     f"cycle: {NOISE_MIB} MiB written, kill -9 of the receiver in the middle",

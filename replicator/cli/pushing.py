@@ -128,7 +128,7 @@ async def _push(host: Host, want: Want, report: Report) -> tuple[Outcome, dict[s
             **point_info(vm, point),
             "duration_s": point.duration_us / 1_000_000,
             "resumed": outcome.resumed,
-            "resumed_at": outcome.resumed_at,
+            "resumed_bytes": outcome.resumed_bytes,
             "reason": outcome.reason,
         }
 

@@ -72,13 +72,13 @@ class Progress:
 class Outcome:
     """A push that is a recovery point now.
 
-    ``resumed``: an earlier session or process began it; ``resumed_at`` of its bytes were safe at the receiver already.
+    ``resumed``: an earlier session or process began it; ``resumed_bytes`` of its bytes were safe at the receiver already.
     """
 
     point: Point
     resumed: bool
     reason: str
-    resumed_at: int = 0
+    resumed_bytes: int = 0
 
 
 class Pusher:
@@ -103,7 +103,7 @@ class Pusher:
         self._cpus = trio.CapacityLimiter(os.cpu_count() or 1)
         self._work = config.work_path
         self._swept = False
-        self._resumed_at = 0
+        self._resumed_bytes = 0
         self._vm_id = UUID(int=0)
         self._name = ""
 
@@ -313,7 +313,7 @@ class Pusher:
         except (SnapshotGoneError, ReferenceLostError) as error:
             await self._abandon(entry, str(error), None)
             raise
-        return Outcome(await self._committed(entry, answer), resumed, reason, self._resumed_at)
+        return Outcome(await self._committed(entry, answer), resumed, reason, self._resumed_bytes)
 
     async def _send(
         self, connection: Connection, entry: PushEntry, snapshot: Snapshot
@@ -340,9 +340,9 @@ class Pusher:
             else:
                 raise WireError("the receiver cannot go on where this side can")
             connection.begin(ready.positions)
-            self._resumed_at = sum(ready.positions)
-            if self._resumed_at:
-                _logger.info("%d bytes are safe at the receiver already", self._resumed_at)
+            self._resumed_bytes = sum(ready.positions)
+            if self._resumed_bytes:
+                _logger.info("%d bytes are safe at the receiver already", self._resumed_bytes)
             for job in jobs:
                 await send_disk(job, connection, self._cpus, self._progress(jobs, job))
             await snapshot.check()
