@@ -128,6 +128,7 @@ class ProtectedVm(Aggregate):
 
         def apply(self, aggregate: ProtectedVm) -> None:
             aggregate.abandoned = self.reason
+            aggregate.abandoned_push = self.push_id
 
     class TestStarted(Event):
         """A clone of a point was made for a test."""
@@ -198,6 +199,7 @@ class ProtectedVm(Aggregate):
         self.test: TestClone | None = None
         self.tracking_lost: str | None = None
         self.abandoned: str | None = None
+        self.abandoned_push: str | None = None
 
     @classmethod
     def register(cls, vm: UUID, name: str, role: str) -> ProtectedVm:
@@ -271,8 +273,9 @@ class ProtectedVm(Aggregate):
         self.trigger_event(self.TrackingLost, reason=reason)
 
     def abandon_push(self, push_id: str, point: int, reason: str) -> None:
-        """Record that a push was given up."""
-        self.trigger_event(self.PushAbandoned, push_id=push_id, point=point, reason=reason)
+        """Record that a push was given up, unless a process that died since then has done so."""
+        if push_id != self.abandoned_push:
+            self.trigger_event(self.PushAbandoned, push_id=push_id, point=point, reason=reason)
 
     def start_test(self, clone: TestClone) -> None:
         """Record a test clone. Raises RefusedError where the table or the point forbids it."""
