@@ -165,7 +165,8 @@ class _PushSession:
             self._release()
 
     async def _read(self, send: trio.MemorySendChannel[tuple[int, bytearray]]) -> None:
-        async with send:
+        # Not ``async with``: while that waits, ``_act`` would end the session as if nothing had happened.
+        with send:
             while (message := await self._stream.receive()) is not None:
                 await send.send(message)
 

@@ -134,11 +134,11 @@ class Connection:
     async def read_replies(self) -> None:
         """Take what the receiver says until the session ends; why it did is kept for who waits. Run by ``connect``."""
         try:
-            async with self._replies_in:
-                await self._read_replies()
+            await self._read_replies()
         except (WireError, trio.BrokenResourceError, trio.ClosedResourceError, OSError) as error:
             self._end = error
         finally:
+            self._replies_in.close()
             self._room.set()
 
     async def _read_replies(self) -> None:

@@ -49,7 +49,8 @@ async def ordered(
         slot.ready.set()
 
     async def feed(nursery: trio.Nursery) -> None:
-        async with send:
+        # Not ``async with``: who reads would take an error for the end while that waits.
+        with send:
             async for item in items:
                 await room.acquire()
                 slot: _Slot[R] = _Slot()
