@@ -42,7 +42,12 @@ class VmPaths:
     @property
     def folders(self) -> list[Path]:
         """All folders that a VM has from the start, parents first."""
-        return [self.root, self.root / "replica", self.root / "head", self.root / "points"]
+        return [self.root, self.root / "replica", self.root / "head", self.points]
+
+    @property
+    def points(self) -> Path:
+        """The folders of points, and of pushes that are landing."""
+        return self.root / "points"
 
     @property
     def clones(self) -> Path:
@@ -63,11 +68,11 @@ class VmPaths:
 
     def point(self, number: int) -> Path:
         """The folder of a committed point."""
-        return self.root / "points" / str(number)
+        return self.points / str(number)
 
     def partial(self, number: int) -> Path:
         """The folder of a push that would become this point."""
-        return self.root / "points" / f"{number}.partial"
+        return self.points / f"{number}.partial"
 
     def forward(self, number: int, disk: PointDisk) -> Path:
         """The delta that brought a disk to this point."""

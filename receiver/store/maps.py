@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from receiver.store.files import StackFiles, stack_files
-from receiver.store.layout import VmPaths
+from receiver.store.layout import VmPaths, stem
 from receiver.store.view import Replica, Shape
 from replicator import durable
 from replicator.disk import Extent, split, widen
@@ -51,15 +51,18 @@ def update_map(path: Path, delta: StoredDelta, disk: PointDisk, point: int) -> N
     durable.sync_dir(path.parent)
 
 
-def find_shape(paths: VmPaths, disk: PointDisk, deltas: list[Path]) -> Shape:
-    """Grain and digest of a disk, out of the first of its files that still says so."""
+def find_shape(paths: VmPaths, disk: PointDisk) -> Shape:
+    """Grain and digest of a disk, out of the first of its chain's files that still says so."""
     for path in (paths.replica_map(disk), paths.head_map(disk)):
         try:
             with ImageMap.open(path) as digests:
                 return Shape(digests.algorithm, digests.grain)
         except UNUSABLE:
             continue
-    for path in deltas:
+    name = stem(disk)
+    for path in sorted(paths.points.glob(f"*/{name}.phcbt")) + sorted(
+        paths.points.glob(f"*/{name}.rev.phcbt")
+    ):
         try:
             with StoredDelta(path) as delta:
                 return Shape.of(delta.header)
@@ -162,8 +165,9 @@ def _mend_head(vm: ProtectedVm, paths: VmPaths, disk: PointDisk, *, thorough: bo
     newest = vm.newest
     assert newest is not None
     files = stack_files(vm, paths, newest, disk)
-    shape = find_shape(paths, disk, files.deltas)
+    shape = find_shape(paths, disk)
     rebuild = partial(_rebuild_head, paths, disk, files, shape, newest.number)
+    path = paths.head_map(disk)
     ways: list[Callable[[], None]] = [partial(rebuild, use_content=u) for u in (False, True)]
     if not thorough:
         ways.insert(0, partial(_advance_head, paths, disk, newest.number))
@@ -175,6 +179,7 @@ def _mend_head(vm: ProtectedVm, paths: VmPaths, disk: PointDisk, *, thorough: bo
             reason = f"the map cannot be made again: {error}"
         else:
             return None
+    durable.unlink(path)  # what is wrong must not be built on
     return reason
 
 

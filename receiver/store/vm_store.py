@@ -491,7 +491,7 @@ class VmStore:
     def _remake_replica_map(self, point: Point, disk: PointDisk) -> None:
         path = self.paths.replica_map(disk)
         if not maps.is_good(path, disk, point.number, thorough=True):
-            shape = maps.find_shape(self.paths, disk, [])
+            shape = maps.find_shape(self.paths, disk)
             maps.remake_replica_map(self.paths, disk, point.number, shape)
 
     # Views
@@ -540,7 +540,7 @@ class VmStore:
                 delta.close()
             raise DamageError(f"point {point.number}, {disk.disk}: {error}") from error
         header = stack[0].header if stack else None
-        shape = Shape.of(header) if header else maps.find_shape(self.paths, disk, [])
+        shape = Shape.of(header) if header else maps.find_shape(self.paths, disk)
         view = PointView(disk.size, shape, stack, replica, self._gate)
         return _OpenView(view, point.number, stem(disk), files.deepest)
 
