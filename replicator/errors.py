@@ -46,6 +46,10 @@ class AuthenticationError(WireError):
     """The two sides do not hold the same key (or one that may push this VM)."""
 
 
+class FencedError(RefusedError):
+    """The VM failed over: this source may push nothing more, and trying again cannot help."""
+
+
 class PeerRefusedError(RefusedError):
     """The receiver refused a push; ``code`` is the protocol's word for why."""
 

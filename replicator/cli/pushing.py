@@ -21,7 +21,7 @@ from replicator.cli.source import make_source
 from replicator.cli.text import duration, one_line, size
 from replicator.config import Config, load_key
 from replicator.domain.views import point_info
-from replicator.errors import PeerRefusedError, RefusedError, ReplicatorError
+from replicator.errors import FencedError, PeerRefusedError, ReplicatorError
 from replicator.log import EventLog, open_log
 from replicator.nursery import flat_nursery
 from replicator.push.plan import Want
@@ -169,8 +169,7 @@ def is_fenced(error: Exception) -> bool:
     """Whether a push was refused because the VM failed over: no later cycle can succeed."""
     if isinstance(error, PeerRefusedError):
         return error.code == "stale-epoch"
-    # The plan and the aggregate refuse with a reason in words; both say this one.
-    return isinstance(error, RefusedError) and "fenced" in str(error)
+    return isinstance(error, FencedError)
 
 
 __all__ = ["Host", "cycles", "is_fenced", "push", "run", "seed"]

@@ -25,7 +25,7 @@ from replicator.domain.model import (
     plain,
     stream_id,
 )
-from replicator.errors import RefusedError
+from replicator.errors import FencedError, RefusedError
 
 #: Damages recorded of one point: more than an operator reads. Counted per point, so that one bad point hides no other.
 DAMAGES_MAX = 200
@@ -232,7 +232,7 @@ class ProtectedVm(Aggregate):
     def check_commit(self, kind: PushKind, epoch: int) -> None:
         """Raise RefusedError unless a push of this kind and epoch may be committed now."""
         if epoch < self.epoch:
-            raise RefusedError(
+            raise FencedError(
                 f"push of epoch {epoch} refused: the VM is in epoch {self.epoch},"
                 " the source was fenced by a failover"
             )

@@ -64,9 +64,10 @@ class GiveUp:
 
 @dataclass(frozen=True, slots=True)
 class Refuse:
-    """Nothing may be done, and why."""
+    """Nothing may be done, and why. ``fenced``: because the VM failed over, which no later push can change."""
 
     reason: str
+    fenced: bool = False
 
 
 Action = Start | Resume | GiveUp | Refuse
@@ -77,7 +78,8 @@ def plan(local: Local, remote: VmState, want: Want) -> Action:
     if remote.epoch > local.epoch:
         return Refuse(
             f"the VM failed over on the receiver (epoch {remote.epoch} there, {local.epoch} here):"
-            " this source is fenced"
+            " this source is fenced",
+            fenced=True,
         )
     if local.unfinished is not None:
         return _plan_unfinished(local.unfinished, remote)

@@ -26,6 +26,7 @@ from replicator.domain.model import Point, PointDisk, PushKind, next_disk_name
 from replicator.domain.vm import ProtectedVm
 from replicator.errors import (
     DamageError,
+    FencedError,
     PeerRefusedError,
     PhcbtError,
     ReferenceLostError,
@@ -174,8 +175,8 @@ class Pusher:
             state = await connection.ask(m.Query(self._vm.vm, self._name), m.VmState)
             entry = await journal.load(self._log, self._vm.vm)
             match plan(await self._local(entry), state, want):
-                case Refuse(reason):
-                    raise RefusedError(reason)
+                case Refuse(reason, fenced):
+                    raise FencedError(reason) if fenced else RefusedError(reason)
                 case GiveUp(reason):
                     assert entry is not None
                     await self._abandon(entry, reason, connection)
@@ -307,13 +308,21 @@ class Pusher:
             if error.code in _HOPELESS:
                 await self._abandon(entry, str(error), None)
                 if error.code == "root-mismatch":
-                    # Whatever the maps say is not what the receiver has: without them no cycle is planned.
-                    await trio.to_thread.run_sync(_remove_files, self._maps)
+                    await self._forget_maps()
+            raise
+        except (DamageError, StateError) as error:
+            # A map of ours is damaged or gone. Told to the receiver, which would keep what has landed.
+            await self._abandon(entry, str(error), connection)
+            await self._forget_maps()
             raise
         except (SnapshotGoneError, ReferenceLostError) as error:
             await self._abandon(entry, str(error), None)
             raise
         return Outcome(await self._committed(entry, answer), resumed, reason, self._resumed_bytes)
+
+    async def _forget_maps(self) -> None:
+        """Whatever the maps say is not what the receiver has; without them no cycle is planned, only a seed."""
+        await trio.to_thread.run_sync(_remove_files, self._maps)
 
     async def _send(
         self, connection: Connection, entry: PushEntry, snapshot: Snapshot

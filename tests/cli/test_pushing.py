@@ -25,7 +25,14 @@ from replicator.config import check
 from replicator.domain.failover import Command, State, decide
 from replicator.domain.model import PushKind
 from replicator.domain.vm import ProtectedVm
-from replicator.errors import PeerRefusedError, RefusedError, SourceError, UsageError, WireError
+from replicator.errors import (
+    FencedError,
+    PeerRefusedError,
+    RefusedError,
+    SourceError,
+    UsageError,
+    WireError,
+)
 from replicator.push.connection import ConnectionLostError
 from replicator.push.plan import Local, Refuse, Want, plan
 from replicator.wire.messages import VmState
@@ -85,7 +92,9 @@ def test_only_a_failover_on_the_receiver_ends_it() -> None:
 def test_every_way_in_which_this_side_says_fenced_is_understood() -> None:
     refused = plan(Local(None, 1, None), VmState(newest=None, epoch=2, push_id=None), Want.RUN)
     assert isinstance(refused, Refuse)
-    assert is_fenced(RefusedError(refused.reason))
+    assert refused.fenced
+    assert is_fenced(FencedError(refused.reason))
+    assert not is_fenced(RefusedError(refused.reason))
     vm = ProtectedVm.register(VM, "web", "source")
     vm.epoch = 2
     with pytest.raises(RefusedError) as caught:
