@@ -61,9 +61,16 @@ class ReceiverSite:
 
 @asynccontextmanager
 async def receiver_site(
-    folder: Path, *, keys: Keyring | None = None, **options: str
+    folder: Path,
+    *,
+    keys: Keyring | None = None,
+    listeners: list[trio.SocketListener] | None = None,
+    **options: str,
 ) -> AsyncIterator[ReceiverSite]:
-    """A receiver with its state in ``folder`` (made if needed), stopped at the end as a crash would leave it."""
+    """A receiver with its state in ``folder`` (made if needed), stopped at the end as a crash would leave it.
+
+    It listens on a port of its own unless ``listeners`` are given.
+    """
     folder.mkdir(exist_ok=True)
     values = {"state_dir": str(folder), "dr_auth_token": TOKEN, "source": "image"}
     config = check(values | options)
@@ -71,7 +78,8 @@ async def receiver_site(
         stores = Stores(config, log, nursery)
         await stores.start()
         server = PushServer(stores, keys or Keyring([PreSharedKey.from_hex(TOKEN)]))
-        listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
+        if listeners is None:
+            listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
         port = int(listeners[0].socket.getsockname()[1])
         nursery.start_soon(trio.serve_listeners, server.serve, listeners)
         try:
