@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""One example of everything that the domain stores."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any
+from uuid import UUID
+
+import msgspec
+
+from replicator.domain.model import Damage, Point, PointDisk, PushKind, TestClone, plain, stream_id
+from replicator.domain.vm import ProtectedVm
+
+VM = UUID("3f6c1df0-8c39-4a54-9b1f-0d5a3a1f7e10")
+STAMP = datetime(2026, 3, 4, 5, 6, 7, 890123, tzinfo=UTC)
+
+
+def point(number: int, kind: PushKind, *, parent: int = 0, epoch: int = 1, since: int = 1) -> Point:
+    """A point of two disks whose identities are as long as a hypervisor's."""
+    disks = tuple(
+        PointDisk(
+            f"disk-{n}",
+            f"9d1c2b3a-0000-4000-8000-00000000000{n}",
+            (n + 1) << 40,
+            bytes([n]) * 32,
+            since,
+        )
+        for n in range(2)
+    )
+    return Point(
+        number=number,
+        parent=parent,
+        push_id="0123456789abcdef",
+        kind=kind,
+        epoch=epoch,
+        taken_at_us=1_772_600_000_000_000 + number,
+        committed_at_us=1_772_600_009_000_000 + number,
+        duration_us=9_000_000_000,
+        bytes_pushed=123_456_789_012,
+        root=bytes(range(32)),
+        disks=disks,
+    )
+
+
+def read_back(value: Any) -> Any:
+    """As a value of an event comes from the log: arrays as lists."""
+    return msgspec.msgpack.decode(msgspec.msgpack.encode(plain(value)))
+
+
+#: The fields of one event of each kind.
+FIELDS: dict[str, dict[str, Any]] = {
+    "Registered": {"vm": str(VM), "name": "web", "role": "receiver"},
+    "SeedCommitted": {"point": read_back(point(1, PushKind.SEED))},
+    "CycleCommitted": {"point": read_back(point(2_000_000, PushKind.CYCLE, parent=1_999_999))},
+    "DeltaApplied": {"point": 2},
+    "PointsReleased": {"points": [1]},
+    "PointDamaged": {
+        "damage": read_back(Damage(2, "disk-0", 65536, 131072, "points/2/disk-0.rev.phcbt", "why"))
+    },
+    "PointVerified": {"point": 2, "bytes_read": 1 << 40},
+    "TrackingLost": {"reason": "bitmap is inconsistent"},
+    "PushAbandoned": {"push_id": "0123456789abcdef", "point": 3, "reason": "snapshot is gone"},
+    "TestStarted": {"clone": read_back(TestClone("c0ffee", 2, 1_772_600_009_000_000))},
+    "TestEnded": {"clone_id": "c0ffee"},
+    "PromotionStarted": {"epoch": 2, "point": 2},
+    "Promoted": {},
+    "PromotionUndone": {},
+    "MadePermanent": {},
+}
+
+
+def event(name: str, version: int = 7) -> Any:
+    """The example of a kind of event."""
+    kind = getattr(ProtectedVm, name)
+    more = {"originator_topic": ProtectedVm.TOPIC} if name == "Registered" else {}
+    return kind(
+        originator_id=stream_id(VM),
+        originator_version=version,
+        timestamp=STAMP,
+        **more,
+        **FIELDS[name],
+    )
