@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from typing import Generic, TypeVar
 
 import trio
@@ -35,11 +35,11 @@ class _Slot(Generic[R]):
 
 @asynccontextmanager
 async def ordered(
-    items: AsyncIterator[T], work: Callable[[T], Awaitable[R]], depth: int
+    items: AsyncGenerator[T, None], work: Callable[[T], Awaitable[R]], depth: int
 ) -> AsyncIterator[AsyncIterator[R]]:
     """Results of ``work`` in the order of ``items``, up to ``depth`` of them being made at once.
 
-    An error in one ends all; leaving the block early cancels what is under way.
+    An error in one ends all; leaving the block early cancels what is under way. ``items`` is closed in any case.
     """
     send, receive = trio.open_memory_channel[_Slot[R]](math.inf)
     room = trio.Semaphore(depth)
@@ -65,9 +65,9 @@ async def ordered(
             room.release()
             yield result  # type: ignore[misc]
 
-    async with flat_nursery() as nursery:
+    async with aclosing(items), flat_nursery() as nursery, aclosing(results()) as made:
         nursery.start_soon(feed, nursery)
-        yield results()
+        yield made
         nursery.cancel_scope.cancel()
 
 
@@ -76,13 +76,14 @@ async def chunks(
 ) -> AsyncGenerator[Extent, None]:
     """What a push of this view has to look at from byte ``start`` on: whole grains, cut at chunk borders."""
     grain, batch = header.grain, list[Extent]()
-    async for extent in view.extents(since):
-        # A batch ends where the next extent shares no grain with it.
-        if len(batch) >= _BATCH and extent.offset // grain > (batch[-1].end - 1) // grain:
-            for piece in _from(widen(batch, grain, view.size), start, header.chunk):
-                yield piece
-            batch = []
-        batch.append(extent)
+    async with aclosing(view.extents(since)) as extents:
+        async for extent in extents:
+            # A batch ends where the next extent shares no grain with it.
+            if len(batch) >= _BATCH and extent.offset // grain > (batch[-1].end - 1) // grain:
+                for piece in _from(widen(batch, grain, view.size), start, header.chunk):
+                    yield piece
+                batch = []
+            batch.append(extent)
     for piece in _from(widen(batch, grain, view.size), start, header.chunk):
         yield piece
 
@@ -105,16 +106,17 @@ async def chunks_to_compare(
     recorded = _from(_recorded(known, header, start, view.size), start, header.chunk)
     ahead = next(recorded, None)
     hull: Extent | None = None
-    async for extent in chunks(view, header, None, start):
-        window = extent.offset // header.chunk
-        while ahead is not None and ahead.offset // header.chunk <= window:
-            whole, hull = _join(hull, ahead, header.chunk)
+    async with aclosing(chunks(view, header, None, start)) as found:
+        async for extent in found:
+            window = extent.offset // header.chunk
+            while ahead is not None and ahead.offset // header.chunk <= window:
+                whole, hull = _join(hull, ahead, header.chunk)
+                if whole is not None:
+                    yield whole
+                ahead = next(recorded, None)
+            whole, hull = _join(hull, extent, header.chunk)
             if whole is not None:
                 yield whole
-            ahead = next(recorded, None)
-        whole, hull = _join(hull, extent, header.chunk)
-        if whole is not None:
-            yield whole
     while ahead is not None:
         whole, hull = _join(hull, ahead, header.chunk)
         if whole is not None:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 
 import pytest
 import trio
@@ -12,7 +12,7 @@ from replicator.errors import SourceError
 from replicator.push.pipeline import ordered
 
 
-async def _items(count: int, pause: bool) -> AsyncIterator[int]:
+async def _items(count: int, pause: bool) -> AsyncGenerator[int, None]:
     for number in range(count):
         yield number
         if pause:
@@ -25,7 +25,9 @@ async def _same(item: int) -> int:
     return item
 
 
-async def _read_all(items: AsyncIterator[int], work: Callable[[int], Awaitable[int]]) -> list[int]:
+async def _read_all(
+    items: AsyncGenerator[int, None], work: Callable[[int], Awaitable[int]]
+) -> list[int]:
     async with ordered(items, work, 6) as results:
         return [item async for item in results]
 
@@ -45,7 +47,7 @@ async def test_an_error_of_the_work_is_raised() -> None:
             raise SourceError("a bad sector")
         return item
 
-    async def endless() -> AsyncIterator[int]:
+    async def endless() -> AsyncGenerator[int, None]:
         number = 0
         while True:
             yield number

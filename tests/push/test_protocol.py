@@ -217,7 +217,10 @@ async def test_an_open_is_refused_before_anything_changes(tmp_path: Path, case: 
         assert isinstance(await cycle(rx).send(source), m.Committed)
 
 
-async def test_a_refused_open_leaves_another_push_that_landed_in_part(tmp_path: Path) -> None:
+async def test_a_refused_open_leaves_another_push_that_landed_in_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sessions, "ACK_S", 0.01)
     async with seeded(tmp_path / "rx") as rx:
         push = cycle(rx)
         async with raw_source(rx.port) as source:
@@ -743,8 +746,11 @@ async def test_what_landed_is_acknowledged_in_time(
         }
 
 
-async def test_going_back_is_written_down_before_other_bytes_come(tmp_path: Path) -> None:
+async def test_going_back_is_written_down_before_other_bytes_come(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A source that can only go on further back: nobody may trust the old watermark after a crash."""
+    monkeypatch.setattr(sessions, "ACK_S", 0.01)
     async with seeded(tmp_path / "rx") as rx, raw_source(rx.port) as source:
         push = cycle(rx)
         assert isinstance(await source.ask(push.opened), m.Ready)

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""The control API on a receiver with one VM and two points; test clones have tests of their own."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+
+from receiver.failover.clone import CloneManager
+from receiver.service.control import ControlApi, _while_running
+from receiver.service.http import NotFoundError
+from replicator.errors import RefusedError, UsageError
+from tests.sites import receiver_site, source_site
+
+
+@asynccontextmanager
+async def control(folder: Path) -> AsyncIterator[ControlApi]:
+    disk = folder / "disk.raw"
+    await trio.Path(disk).write_bytes(random.Random(1).randbytes(300_000))
+    async with (
+        receiver_site(folder / "rx") as rx,
+        source_site(folder / "sx", rx.port, {"disk-0": disk}) as sx,
+        trio.open_nursery() as nursery,
+    ):
+        await sx.push()
+        sx.write("disk-0", 5, b"changed")
+        await sx.push()
+        await rx.settled()
+        clones = CloneManager(rx.config, rx.log, rx.stores, nursery)
+        yield ControlApi(rx.log, rx.stores, clones, folder)
+        nursery.cancel_scope.cancel()
+
+
+async def ask(api: ControlApi, method: str, target: str, **body: Any) -> list[dict[str, Any]]:
+    answer = await api.handle(method, target, body)
+    return [answer] if isinstance(answer, dict) else [line async for line in answer]
+
+
+async def test_status_points_and_history(tmp_path: Path) -> None:
+    async with control(tmp_path) as api:
+        (status,) = await ask(api, "GET", "/v1/status")
+        (vm,) = status["vms"]
+        assert (vm["vm"], vm["newest_point"], vm["warnings"]) == ("web", 2, [])
+        for name in ("web", vm["uuid"]):
+            (points,) = await ask(api, "GET", f"/v1/vms/{name}/points")
+            assert [point["point"] for point in points["points"]] == [1, 2]
+        (all_,) = await ask(api, "GET", "/v1/vms/web/history")
+        kinds = [event["kind"] for event in all_["events"]]
+        assert {"registered", "seed-committed", "cycle-committed", "delta-applied"} == set(kinds)
+        (some,) = await ask(api, "GET", "/v1/vms/web/history?after=1&limit=2")
+        assert some["events"] == all_["events"][1:3]
+
+
+async def test_verify_says_how_far_it_is_and_what_it_found(tmp_path: Path) -> None:
+    async with control(tmp_path) as api:
+        *progress, last = await ask(api, "POST", "/v1/vms/web/verify", point=1)
+        assert progress
+        assert all(set(line) == {"progress"} for line in progress)
+        assert last["result"]["good"] is True
+        assert (last["result"]["point"], last["result"]["damages"]) == (1, [])
+
+
+@pytest.mark.parametrize(
+    ("method", "target", "body", "error"),
+    [
+        ("GET", "/", {}, NotFoundError),
+        ("GET", "/v1/vms/web", {}, NotFoundError),
+        ("DELETE", "/v1/status", {}, NotFoundError),
+        ("GET", "/v1/vms/web/verify", {}, NotFoundError),
+        ("POST", "/v1/vms/web/failover/nothing", {}, NotFoundError),
+        ("GET", "//[", {}, UsageError),
+        ("GET", "/v1/vms/web/history?after=-1", {}, UsageError),
+        ("GET", "/v1/vms/web/history?limit=%C2%B2", {}, UsageError),
+        ("GET", "/v1/vms/web/history?after=1111111111111111", {}, UsageError),
+        ("POST", "/v1/vms/web/verify", {"point": 0}, UsageError),
+        ("POST", "/v1/vms/web/verify", {"point": True}, UsageError),
+        ("POST", "/v1/vms/web/verify", {"point": "1"}, UsageError),
+        ("POST", "/v1/vms/web/verify", {"point": 3}, RefusedError),
+        ("POST", "/v1/vms/web/export", {}, UsageError),
+        ("POST", "/v1/vms/web/export", {"disk": "disk-7"}, RefusedError),
+        ("GET", "/v1/vms/db/points", {}, RefusedError),
+        ("GET", "/v1/vms/..%2F..%2Fetc/points", {}, RefusedError),
+    ],
+)
+async def test_what_cannot_be_answered(
+    tmp_path: Path, method: str, target: str, body: dict[str, Any], error: type[Exception]
+) -> None:
+    async with control(tmp_path) as api:
+        with pytest.raises(error):
+            await ask(api, method, target, **body)
+
+
+async def test_an_error_of_the_work_comes_out_of_its_progress() -> None:
+    async def work() -> None:
+        await trio.lowlevel.checkpoint()
+        raise RefusedError("no")
+
+    with pytest.raises(RefusedError, match="no"):
+        [line async for line in _while_running(work, dict)]
