@@ -71,7 +71,7 @@ async def receiver_site(
 
     It listens on a port of its own unless ``listeners`` are given.
     """
-    folder.mkdir(exist_ok=True)
+    await trio.Path(folder).mkdir(exist_ok=True)
     values = {"state_dir": str(folder), "dr_auth_token": TOKEN, "source": "image"}
     config = check(values | options)
     async with open_log(folder / "events") as log, trio.open_nursery() as nursery:
@@ -130,7 +130,7 @@ async def source_site(
     **options: str,
 ) -> AsyncIterator[SourceSite]:
     """A source with its state in ``folder`` (made if needed)."""
-    folder.mkdir(exist_ok=True)
+    await trio.Path(folder).mkdir(exist_ok=True)
     values = {
         "state_dir": str(folder),
         "dr_auth_token": token,

@@ -80,7 +80,7 @@ class TestClone(msgspec.Struct, frozen=True, array_like=True):
 
 
 def next_disk_name(taken: Sequence[str]) -> str:
-    """The first unused name ``disk-<N>`` after all of ``taken``; names are never used again within a state."""
+    """The name ``disk-<N>`` after the highest of ``taken``."""
     numbers = [int(name[5:]) for name in taken if name.startswith("disk-") and name[5:].isdigit()]
     return f"disk-{max(numbers, default=-1) + 1}"
 
