@@ -12,9 +12,10 @@ from uuid import UUID
 import trio
 from eventsourcing.persistence import PersistenceError
 
+from receiver.store.admission import PushRefusedHereError
 from receiver.store.landing import Landing, StreamMismatchError
 from receiver.store.stores import Stores
-from receiver.store.vm_store import PushRefusedHereError, VmStore
+from receiver.store.vm_store import VmStore
 from replicator.domain.model import Point
 from replicator.errors import (
     AuthenticationError,

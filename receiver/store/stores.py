@@ -10,7 +10,8 @@ from uuid import UUID
 
 import trio
 
-from receiver.store.vm_store import PushRefusedHereError, Retention, VmStore
+from receiver.store.admission import PushRefusedHereError
+from receiver.store.vm_store import Retention, VmStore
 from replicator import durable
 from replicator.config import Config
 from replicator.domain.model import PushKind

@@ -21,18 +21,18 @@ import trio
 from eventsourcing.persistence import PersistenceError
 
 from receiver.store import apply, maps, recovery
+from receiver.store.admission import PushRefusedHereError, check_push, new_disks, new_point, no_base
 from receiver.store.files import stack_files
-from receiver.store.landing import Expected, Landing, remove_folder
+from receiver.store.landing import Landing, remove_folder
 from receiver.store.layout import VmPaths, stem
 from receiver.store.view import Gate, PointView, Replica, Shape
 from replicator import durable
 from replicator.domain.model import Damage, Point, PointDisk, PushKind
 from replicator.domain.vm import ProtectedVm
 from replicator.errors import DamageError, PhcbtError, RefusedError, ReplicatorError, StateError
-from replicator.imagemap import ImageMap, RootBuilder, vm_root
 from replicator.log import EventLog
 from replicator.phcbt.read import StoredDelta
-from replicator.wire.messages import Finish, Open, PointRef, RefusalCode
+from replicator.wire.messages import Finish, Open, PointRef
 
 _logger = logging.getLogger(__name__)
 #: Pause before an apply that failed is tried again, unless something happens earlier. Seconds.
@@ -53,15 +53,6 @@ class _OpenView:
     point: int
     chain: str
     deepest: int
-
-
-class PushRefusedHereError(RefusedError):
-    """A push that may not be; ``code`` is the protocol's."""
-
-    def __init__(self, code: RefusalCode, reason: str) -> None:
-        super().__init__(reason)
-        self.code = code
-        self.reason = reason
 
 
 class VmStore:
@@ -149,7 +140,7 @@ class VmStore:
         if not await trio.to_thread.run_sync(maps.heads_good, self.vm, self.paths):
             await self._mend_heads(thorough=False)
         async with self._files:
-            expected = self._check_push(opened)
+            expected = await trio.to_thread.run_sync(check_push, self.vm, self.paths, opened)
             entry = await self._log.journal_get(self._journal_key)
             if entry is not None and entry["push_id"] != opened.push_id:
                 await self._drop_push(entry)
@@ -188,60 +179,6 @@ class VmStore:
         await self._journal(landing.opened, positions)
         return positions
 
-    def _check_push(self, opened: Open) -> list[Expected]:
-        vm, newest = self.vm, self.vm.newest
-        if opened.epoch < vm.epoch:
-            raise PushRefusedHereError(
-                "stale-epoch",
-                f"the VM is in epoch {vm.epoch} here, the push is of epoch {opened.epoch}:"
-                " the source was fenced by a failover",
-            )
-        try:
-            vm.check_commit(opened.kind, opened.epoch)
-        except RefusedError as error:
-            raise PushRefusedHereError("state", str(error)) from None
-        number = newest.number if newest else 0
-        root = newest.root if newest else None
-        parent_fits = opened.kind is PushKind.SEED or opened.parent_root == root
-        # A seed may leave numbers out: those that the source used with a receiver that lost its state.
-        seed = opened.kind is PushKind.SEED
-        point_fits = opened.point > number if seed else opened.point == number + 1
-        if opened.parent != number or not point_fits or not parent_fits:
-            raise PushRefusedHereError(
-                "wrong-parent",
-                f"the newest point here is {number}, the push makes {opened.point} on {opened.parent}"
-                + ("" if parent_fits else " with another content"),
-            )
-        return [self._expect(opened, index) for index in range(len(opened.disks))]
-
-    def _expect(self, opened: Open, index: int) -> Expected:
-        disk = opened.disks[index]
-        if any(disk.disk == other.disk for other in opened.disks[:index]):
-            raise PushRefusedHereError("bad-request", f"{disk.disk} stands twice in the push")
-        if disk.since == opened.point:
-            return Expected(opened, disk, bytes(32), None, None)
-        old = self.vm.newest.disk(disk.disk) if self.vm.newest else None
-        if opened.kind is PushKind.SEED or old is None or old.since != disk.since:
-            raise PushRefusedHereError(
-                "wrong-parent", f"{disk.disk}: its chain is not the one here"
-            )
-        if disk.size < old.size:
-            raise PushRefusedHereError(
-                "shrink",
-                f"{disk.disk} shrank from {old.size} to {disk.size} bytes: seed the VM again",
-            )
-        try:
-            with ImageMap.open(self.paths.head_map(old)) as head:
-                return Expected(opened, disk, old.root, head.grain, int(head.algorithm))
-        except (DamageError, StateError) as error:
-            raise self._no_base(error) from error
-
-    def _no_base(self, error: Exception) -> PushRefusedHereError:
-        """A cycle cannot be checked against the newest point: the source has to send everything."""
-        return PushRefusedHereError(
-            "root-mismatch", f"no cycle can build on the newest point: {error}; seed the VM again"
-        )
-
     async def drop_push(self) -> None:
         """Forget an unfinished push: its journal entry first, then its files."""
         async with self._files:
@@ -255,9 +192,8 @@ class VmStore:
 
     async def commit(self, landing: Landing, finish: Finish, now_us: int) -> Point:
         """Make a landed push a recovery point. Raises PushRefusedHereError if it is not what the source says it is."""
-        opened = landing.opened
         await trio.to_thread.run_sync(landing.finish)
-        if len(finish.disks) != len(opened.disks):
+        if len(finish.disks) != len(landing.disks):
             raise PushRefusedHereError("bad-request", "the push ends with another number of disks")
         for landed, final in zip(landing.disks, finish.disks, strict=True):
             if await trio.to_thread.run_sync(landed.stream_root) != final.stream_root:
@@ -265,37 +201,16 @@ class VmStore:
                     "root-mismatch", f"{landed.path.name}: another stream was sent"
                 )
         try:
-            disks = await trio.to_thread.run_sync(self._new_disks, landing)
+            disks = await trio.to_thread.run_sync(new_disks, self.paths, landing)
         except (DamageError, StateError):
             await self._mend_heads(thorough=True)
             try:
-                disks = await trio.to_thread.run_sync(self._new_disks, landing)
+                disks = await trio.to_thread.run_sync(new_disks, self.paths, landing)
             except (DamageError, StateError) as error:
-                raise self._no_base(error) from error
-        for disk, final in zip(disks, finish.disks, strict=True):
-            if disk.root != final.root:
-                raise PushRefusedHereError(
-                    "root-mismatch", f"{disk.disk}: the two sides would have different content"
-                )
-        root = vm_root([(disk.disk, disk.size, disk.root) for disk in disks])
-        if root != finish.root:
-            raise PushRefusedHereError("root-mismatch", "the two sides would have different disks")
-        point = Point(
-            number=opened.point,
-            parent=opened.parent,
-            push_id=opened.push_id,
-            kind=opened.kind,
-            epoch=opened.epoch,
-            taken_at_us=opened.taken_at_us,
-            committed_at_us=now_us,
-            duration_us=finish.duration_us,
-            bytes_pushed=sum(disk.received for disk in landing.disks),
-            root=root,
-            disks=tuple(disks),
-        )
-        with trio.CancelScope(
-            shield=True
-        ):  # bounded: local disk only; a half commit is never left to chance
+                raise no_base(error) from error
+        point = new_point(landing, finish, disks, now_us)
+        # Bounded: local disk only; a half commit is never left to chance.
+        with trio.CancelScope(shield=True):
             await self._commit(landing, point)
         return point
 
@@ -320,27 +235,6 @@ class VmStore:
                 _logger.error("%s: point %d: %s", self.vm.name, point.number, error)
             await self._log.journal_delete(self._journal_key)
         self.wake()
-
-    def _new_disks(self, landing: Landing) -> list[PointDisk]:
-        """What each disk would be: its root out of the head map and the delta, nothing written. Blocks."""
-        result: list[PointDisk] = []
-        for disk, landed in zip(landing.opened.disks, landing.disks, strict=True):
-            delta = StoredDelta(landed.path)
-            try:
-                if disk.since == landing.opened.point:
-                    header = delta.header
-                    builder = RootBuilder(header.algorithm, header.grain, disk.size)
-                    for run in delta.runs():
-                        builder.add(run.first, run.digests, run.count)
-                    root = builder.root()
-                else:
-                    shell = PointDisk(disk.disk, disk.identity, disk.size, b"", disk.since)
-                    with ImageMap.open(self.paths.head_map(shell)) as head:
-                        root = head.preview(delta.runs(), disk.size)
-            finally:
-                delta.close()
-            result.append(PointDisk(disk.disk, disk.identity, disk.size, root, disk.since))
-        return result
 
     # After the commit
 

@@ -11,7 +11,7 @@ import trio
 import trio.testing
 from eventsourcing.persistence import OperationalError
 
-from receiver.store.vm_store import PushRefusedHereError
+from receiver.store.admission import PushRefusedHereError
 from tests.receiver.store_lab import StoreFixture, open_store
 
 GRAIN = 4096

@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 import trio.testing
 
+from receiver.store.admission import PushRefusedHereError
 from receiver.store.verify import FINDINGS_MAX, VerifyResult, verify_point
-from receiver.store.vm_store import PushRefusedHereError, VmStore
+from receiver.store.vm_store import VmStore
 from replicator.domain.model import PointDisk, PushKind
 from replicator.domain.views import point_info
 from replicator.errors import DamageError
