@@ -65,7 +65,7 @@ def _expect(vm: ProtectedVm, paths: VmPaths, opened: Open, index: int) -> Expect
     if disk.size < old.size:
         raise PushRefusedHereError(
             "shrink",
-            f"{disk.disk} shrank from {old.size} to {disk.size} bytes: seed the VM again",
+            f"{disk.disk} shrank from {old.size} to {disk.size} bytes: run replctl seed --again",
         )
     try:
         with ImageMap.open(paths.head_map(old)) as head:
@@ -77,7 +77,7 @@ def _expect(vm: ProtectedVm, paths: VmPaths, opened: Open, index: int) -> Expect
 def no_base(error: Exception) -> PushRefusedHereError:
     """A cycle cannot be checked against the newest point: the source has to send everything."""
     return PushRefusedHereError(
-        "root-mismatch", f"no cycle can build on the newest point: {error}; seed the VM again"
+        "root-mismatch", f"no cycle can build on the newest point: {error}; run replctl seed --again"
     )
 
 

@@ -355,7 +355,7 @@ class VmStore:
         )
         seeds = [n for n, p in self.vm.points.items() if n > number and p.kind is PushKind.SEED]
         if not seeds:
-            raise DamageError(f"point {number}: {error}; seed the VM again")
+            raise DamageError(f"point {number}: {error}; run replctl seed --again at the source")
         gone = [n for n in self.vm.points if number <= n < min(seeds)]
         if any(self._held[n] for n in gone):
             raise DamageError(

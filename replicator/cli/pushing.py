@@ -34,6 +34,7 @@ from replicator.wire.keys import PreSharedKey
 _logger = logging.getLogger(__name__)
 _PHASES = {
     Want.SEED: "F8.1 mode=seed",
+    Want.SEED_AGAIN: "F8.1 mode=seed",
     Want.PUSH: "F8.2 mode=bitmap-push",
     Want.RUN: "F8.2 mode=bitmap-push",
 }
@@ -71,10 +72,13 @@ class Host:
 
 
 @click.command()
+@click.option(
+    "--again", is_flag=True, help="Also where both sides have a point: after a disk shrank, say."
+)
 @click.pass_obj
-def seed(context: CliContext) -> None:
+def seed(context: CliContext, again: bool) -> None:
     """Push all disks in full: the first recovery point."""
-    _push_once(context, Want.SEED)
+    _push_once(context, Want.SEED_AGAIN if again else Want.SEED)
 
 
 @click.command()

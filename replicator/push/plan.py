@@ -14,6 +14,7 @@ class Want(StrEnum):
     """What was asked for."""
 
     SEED = "seed"
+    SEED_AGAIN = "seed again"
     PUSH = "push"
     RUN = "run"
 
@@ -88,8 +89,11 @@ def plan(local: Local, remote: VmState, want: Want) -> Action:
         if in_step and remote.newest is not None:
             return Refuse(
                 f"already seeded, point {remote.newest.number} is on both sides: use push"
+                " (or seed --again, to send everything once more)"
             )
         return _seed(local, remote)
+    if want is Want.SEED_AGAIN:
+        return _seed(local, remote, "asked for once more" if in_step else None)
     if in_step and remote.newest is not None:
         at = remote.newest
         return Start(
@@ -116,10 +120,10 @@ def _plan_unfinished(unfinished: Unfinished, remote: VmState) -> Action:
     )
 
 
-def _seed(local: Local, remote: VmState) -> Start:
+def _seed(local: Local, remote: VmState, reason: str | None = None) -> Start:
     number = remote.newest.number if remote.newest is not None else 0
     point = max(number, local.last) + 1
-    return Start(PushKind.SEED, point, number, None, _why_apart(local, remote))
+    return Start(PushKind.SEED, point, number, None, reason or _why_apart(local, remote))
 
 
 def _why_apart(local: Local, remote: VmState) -> str:

@@ -254,7 +254,7 @@ class Pusher:
             if size < old.size:
                 raise RefusedError(
                     f"{name} ({disk.identity}) shrank from {old.size} to {size} bytes, which a cycle cannot"
-                    " carry: give it back its size, or remove and add it as another disk"
+                    " carry: give it back its size, or run replctl seed --again"
                 )
             compare = lost is not None or not await _tracks(disk.view.extents(entry.reference))
             result.append(EntryDisk(name, disk.identity, size, old.since, compare, old.root))

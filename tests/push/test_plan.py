@@ -42,7 +42,17 @@ CASES: list[tuple[PointRef | None, PointRef | None, Want, Action]] = [
     (None, None, Want.PUSH, Refuse(f"{NOTHING_THERE}: run replctl seed first")),
     (P3, P3, Want.RUN, CYCLE),
     (P3, P3, Want.PUSH, CYCLE),
-    (P3, P3, Want.SEED, Refuse("already seeded, point 3 is on both sides: use push")),
+    (
+        P3,
+        P3,
+        Want.SEED,
+        Refuse(
+            "already seeded, point 3 is on both sides: use push"
+            " (or seed --again, to send everything once more)"
+        ),
+    ),
+    (P3, P3, Want.SEED_AGAIN, Start(PushKind.SEED, 4, 3, None, "asked for once more")),
+    (P4, P3, Want.SEED_AGAIN, Start(PushKind.SEED, 4, 3, None, APART)),
     (P3, None, Want.RUN, Start(PushKind.SEED, 1, 0, None, f"{NOTHING_THERE} any more")),
     (P3, None, Want.PUSH, Refuse(f"{NOTHING_THERE}: run replctl seed first")),
     (None, P3, Want.RUN, Start(PushKind.SEED, 4, 3, None, NO_LOG)),

@@ -504,6 +504,10 @@ async def test_a_disk_that_shrank(tmp_path: Path) -> None:
         os.truncate(sx.disks["disk-0"], SIZE)
         await sx.push(Want.RUN)
         await same_on_both_sides(rx, sx, 2)
+        os.truncate(sx.disks["disk-0"], SIZE // 2)
+        await sx.push(Want.SEED_AGAIN)
+        await same_on_both_sides(rx, sx, 3)
+        assert len(await rx.read(2)) == SIZE
 
 
 # What is damaged

@@ -353,7 +353,7 @@ async def test_no_cycle_builds_on_a_point_of_which_nothing_is_certain(tmp_path: 
             flip(path, MAP_PLACES["magic"], 0)
         flip(store.paths.replica(disk), 200 * GRAIN, 0)
         push = fixture.prepare({"disk-0": next(contents())} | OTHER)
-        with pytest.raises(PushRefusedHereError, match="seed the VM again") as refused:
+        with pytest.raises(PushRefusedHereError, match="seed --again") as refused:
             await fixture.land(push)
         assert refused.value.code == "root-mismatch"
         assert [(d.point, d.file) for d in store.vm.damages] == [(5, "head/disk-0.map")]
@@ -425,7 +425,7 @@ async def test_a_damaged_delta_stops_the_apply_until_a_seed(tmp_path: Path, plac
             while not trouble(store):
                 await trio.testing.wait_all_tasks_blocked()
         assert "point 3" in trouble(store)
-        assert "seed the VM again" in trouble(store)
+        assert "seed --again" in trouble(store)
         assert not store.settled.is_set()
         assert store.vm.applied == 2
         assert {(d.point, d.disk) for d in store.vm.damages} == {(3, "disk-0"), (3, "disk-1")}
