@@ -9,7 +9,7 @@ from pathlib import Path
 
 from replicator.config import Config, parse_image_disks
 from replicator.errors import SourceError, UsageError
-from replicator.push.pusher import GRAIN
+from replicator.push.files import GRAIN
 from replicator.sources.base import Source
 from replicator.sources.image import ImageSource
 from replicator.sources.qemu import QemuSource

@@ -13,15 +13,13 @@ import random
 import time
 from collections.abc import AsyncGenerator, Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from uuid import UUID
 
 import msgspec
 import trio
 
-from replicator import durable
 from replicator.config import Config
-from replicator.disk import DiskView, Extent
+from replicator.disk import Extent
 from replicator.domain.model import Point, PointDisk, PushKind, next_disk_name
 from replicator.domain.vm import ProtectedVm
 from replicator.errors import (
@@ -35,11 +33,11 @@ from replicator.errors import (
     StateError,
     WireError,
 )
-from replicator.imagemap import ImageMap, vm_root
+from replicator.imagemap import vm_root
 from replicator.log import EventLog
-from replicator.phcbt.format import Algorithm, StreamHeader
-from replicator.push import journal, spool
+from replicator.push import journal
 from replicator.push.connection import Connection, ConnectionLostError, connect
+from replicator.push.files import PushFiles
 from replicator.push.journal import EntryDisk, PushEntry
 from replicator.push.plan import GiveUp, Local, Refuse, Resume, Start, Want, plan
 from replicator.push.schedule import backoff_s
@@ -52,7 +50,6 @@ _logger = logging.getLogger(__name__)
 
 #: How long a command goes on trying after the line broke; ``run`` never gives up. Seconds.
 PATIENCE_S = 120
-GRAIN = 65536
 #: Plans in a row before it is clear that they lead nowhere.
 _PLANS_MAX = 8
 #: After these refusals the push can never be committed: it is given up.
@@ -102,10 +99,10 @@ class Pusher:
         self._report = report
         self._patience_s = patience_s
         self._cpus = trio.CapacityLimiter(os.cpu_count() or 1)
-        self._work = config.work_path
         self._swept = False
         self._resumed_bytes = 0
         self._vm_id = UUID(int=0)
+        self._files = PushFiles(config, self._vm_id)
         self._name = ""
 
     @property
@@ -147,7 +144,8 @@ class Pusher:
         identity = await self._source.identify()
         self._vm_id, self._name = identity.uuid, identity.name
         await self._log.register(identity.uuid, identity.name, "source")
-        await trio.to_thread.run_sync(_make_dirs, [self._work, self._maps.parent, self._maps])
+        self._files = PushFiles(self._config, identity.uuid)
+        await trio.to_thread.run_sync(self._files.prepare)
         entry = await journal.load(self._log, self._vm.vm)
         newest = self._vm.newest
         if entry is not None and newest is not None and newest.push_id == entry.push_id:
@@ -158,15 +156,8 @@ class Pusher:
             keep = entry.snapshot if entry is not None else None
             for name in await self._source.sweep(keep, reference):
                 _logger.warning("removed %s, left by an earlier run", name)
-            await trio.to_thread.run_sync(_sweep_work, self._work, entry)
+            await trio.to_thread.run_sync(self._files.sweep, entry)
             self._swept = True
-
-    @property
-    def _maps(self) -> Path:
-        return self._config.state_dir / "maps" / str(self._vm_id)
-
-    def _map(self, disk: PointDisk) -> Path:
-        return self._maps / f"{spool.file_stem(disk.disk, disk.since)}.map"
 
     # One session
 
@@ -193,20 +184,15 @@ class Pusher:
     async def _local(self, entry: PushEntry | None) -> Local:
         newest = self._vm.newest
         reference = None
-        if newest is not None and await self._maps_fit(newest):
-            reference = m.PointRef(newest.number, newest.root, newest.push_id)
+        if newest is not None:
+            misfit = await trio.to_thread.run_sync(self._files.misfit, newest)
+            if misfit is None:
+                reference = m.PointRef(newest.number, newest.root, newest.push_id)
+            else:
+                _logger.error("%s: the map of %s is lost or damaged", self._name, misfit)
         unfinished = entry.unfinished() if entry is not None else None
         last = newest.number if newest is not None else 0
         return Local(reference, self._vm.epoch, unfinished, last)
-
-    async def _maps_fit(self, newest: Point) -> bool:
-        for disk in newest.disks:
-            if not await trio.to_thread.run_sync(
-                spool.map_is_at, self._map(disk), disk, newest.number
-            ):
-                _logger.error("%s: the map of %s is lost or damaged", self._name, disk.disk)
-                return False
-        return True
 
     async def _start(self, connection: Connection, start: Start) -> Outcome:
         newest = self._vm.newest
@@ -214,7 +200,7 @@ class Pusher:
         _logger.info("%s of %s to point %d: %s", start.kind, self._name, start.point, start.reason)
         entry = PushEntry.begin(start, reference, self._vm.epoch, time.time_ns() // 1000)
         await journal.store(self._log, self._vm.vm, entry)
-        await trio.to_thread.run_sync(durable.make_dir, entry.folder(self._work))
+        await trio.to_thread.run_sync(self._files.begin, entry)
         snapshot = await self._source.take(entry.snapshot)
         try:
             try:
@@ -286,7 +272,7 @@ class Pusher:
     async def _still_known(self, entry: PushEntry) -> bool:
         """Whether this side can say what a committed push brought; if not, it is given up, and the next push seeds."""
         try:
-            await trio.to_thread.run_sync(self._final_disks, entry)
+            await trio.to_thread.run_sync(self._files.final_disks, entry)
         except (OSError, PhcbtError, DamageError, StateError) as error:
             reason = f"the receiver has it, but this side lost what it sent: {error}"
             await self._abandon(entry, reason, None)
@@ -308,21 +294,17 @@ class Pusher:
             if error.code in _HOPELESS:
                 await self._abandon(entry, str(error), None)
                 if error.code == "root-mismatch":
-                    await self._forget_maps()
+                    await trio.to_thread.run_sync(self._files.forget_maps)
             raise
         except (DamageError, StateError) as error:
             # A map of ours is damaged or gone. Told to the receiver, which would keep what has landed.
             await self._abandon(entry, str(error), connection)
-            await self._forget_maps()
+            await trio.to_thread.run_sync(self._files.forget_maps)
             raise
         except (SnapshotGoneError, ReferenceLostError) as error:
             await self._abandon(entry, str(error), None)
             raise
         return Outcome(await self._committed(entry, answer), resumed, reason, self._resumed_bytes)
-
-    async def _forget_maps(self) -> None:
-        """Whatever the maps say is not what the receiver has; without them no cycle is planned, only a seed."""
-        await trio.to_thread.run_sync(_remove_files, self._maps)
 
     async def _send(
         self, connection: Connection, entry: PushEntry, snapshot: Snapshot
@@ -334,7 +316,9 @@ class Pusher:
                 view = views.get(disk.identity)
                 if view is None or view.size != disk.size:
                     raise SnapshotGoneError(f"{disk.disk} is not in the snapshot as it was")
-                jobs.append(await trio.to_thread.run_sync(self._job, entry, index, disk, view))
+                jobs.append(
+                    await trio.to_thread.run_sync(self._files.job, entry, index, disk, view)
+                )
             for _ in range(3):
                 have = [job.spool.writer.position for job in jobs]
                 ready = await connection.ask(self._open(entry, have), m.Ready, m.Committed)
@@ -355,7 +339,7 @@ class Pusher:
             for job in jobs:
                 await send_disk(job, connection, self._cpus, self._progress(jobs, job))
             await snapshot.check()
-            disks = await trio.to_thread.run_sync(self._final_disks, entry)
+            disks = await trio.to_thread.run_sync(self._files.final_disks, entry)
             return await connection.ask(self._finish(entry, disks, jobs), m.Committed)
         finally:
             for job in jobs:
@@ -367,37 +351,6 @@ class Pusher:
             self._report(Progress(job.disk, done, job.view.size, sent))
 
         return report
-
-    def _job(self, entry: PushEntry, index: int, disk: EntryDisk, view: DiskView) -> DiskJob:
-        full = disk.since == entry.point
-        shell = PointDisk(disk.disk, disk.identity, disk.size, disk.base_root, disk.since)
-        known = None if full else ImageMap.open(self._map(shell))
-        try:
-            algorithm = known.algorithm if known is not None else _algorithm(self._config)
-            grain = known.grain if known is not None else GRAIN
-            header = StreamHeader(
-                algorithm=algorithm,
-                grain=grain,
-                chunk=max(self._config.chunk, grain),
-                disk_size=disk.size,
-                vm=self._vm_id,
-                base_point=0 if full else entry.parent,
-                target_point=entry.point,
-                base_root=disk.base_root,
-                disk_id=disk.disk,
-            )
-            skeleton = spool.Spool(self._skeleton(entry, disk), header)
-        except BaseException:
-            if known is not None:
-                known.close()
-            raise
-        if known is not None and not disk.compare:
-            known.close()
-        since = entry.reference if not full and not disk.compare else None
-        return DiskJob(disk.disk, index, view, since, known if disk.compare else None, skeleton)
-
-    def _skeleton(self, entry: PushEntry, disk: EntryDisk) -> Path:
-        return entry.folder(self._work) / f"{spool.file_stem(disk.disk, disk.since)}.skeleton"
 
     def _open(self, entry: PushEntry, have: Iterable[int]) -> m.Open:
         disks = tuple(
@@ -428,20 +381,10 @@ class Pusher:
             duration_us=time.time_ns() // 1000 - entry.started_us,
         )
 
-    def _final_disks(self, entry: PushEntry) -> list[PointDisk]:
-        """What each disk is after the push. Blocks."""
-        result: list[PointDisk] = []
-        for disk in entry.disks or ():
-            shell = PointDisk(disk.disk, disk.identity, disk.size, b"", disk.since)
-            full = disk.since == entry.point
-            root = spool.new_root(self._skeleton(entry, disk), self._map(shell), shell, full)
-            result.append(msgspec.structs.replace(shell, root=root))
-        return result
-
     # After the receiver's commit
 
     async def _committed(self, entry: PushEntry, answer: m.Committed) -> Point:
-        disks = await trio.to_thread.run_sync(self._final_disks, entry)
+        disks = await trio.to_thread.run_sync(self._files.final_disks, entry)
         root = vm_root([(disk.disk, disk.size, disk.root) for disk in disks])
         if answer.push_id != entry.push_id or answer.point != entry.point or answer.root != root:
             raise WireError(
@@ -475,22 +418,12 @@ class Pusher:
         """What follows from our event; can be repeated."""
         await self._source.confirm(entry.snapshot)
         try:
-            await trio.to_thread.run_sync(self._advance_maps, entry, point)
+            await trio.to_thread.run_sync(self._files.advance_maps, entry, point)
         except (DamageError, StateError) as error:
             # Without its map the next push cannot be a cycle; the plan will see that and seed.
             _logger.error("%s: %s", self._name, error)
         await journal.settle(self._log, self._vm.vm)
-        await trio.to_thread.run_sync(_remove_tree, entry.folder(self._work))
-
-    def _advance_maps(self, entry: PushEntry, point: Point) -> None:
-        wanted: set[Path] = set()
-        for disk, known in zip(entry.disks or (), point.disks, strict=True):
-            path = self._map(known)
-            wanted.add(path)
-            spool.advance_map(self._skeleton(entry, disk), path, known, point.number)
-        for path in sorted(self._maps.iterdir()):
-            if path not in wanted:
-                durable.unlink(path)
+        await trio.to_thread.run_sync(self._files.end, entry)
 
     async def _abandon(self, entry: PushEntry, reason: str, connection: Connection | None) -> None:
         """Give a push up: told to the receiver if it can be, then our event, then what the source made."""
@@ -505,7 +438,7 @@ class Pusher:
                 vm.abandon_push(entry.push_id, entry.point, reason)
         await self._source.abandon(entry.snapshot)
         await journal.settle(self._log, self._vm.vm)
-        await trio.to_thread.run_sync(_remove_tree, entry.folder(self._work))
+        await trio.to_thread.run_sync(self._files.end, entry)
 
 
 async def _tracks(extents: AsyncGenerator[Extent, None]) -> bool:
@@ -527,35 +460,6 @@ async def _close(snapshot: Snapshot) -> None:
 
 def _is_disk_name(identity: str) -> bool:
     return identity.startswith("disk-") and identity[5:].isdigit()
-
-
-def _algorithm(config: Config) -> Algorithm:
-    return Algorithm.XXH3_128 if config.dr_digest == "xxh3-128" else Algorithm.BLAKE3_256
-
-
-def _make_dirs(folders: list[Path]) -> None:
-    for folder in folders:
-        durable.make_dir(folder)
-
-
-def _remove_tree(folder: Path) -> None:
-    """Remove a folder of files (one level)."""
-    if folder.is_dir():
-        _remove_files(folder)
-        durable.remove_dir(folder)
-
-
-def _remove_files(folder: Path) -> None:
-    for path in sorted(folder.iterdir()):
-        durable.unlink(path)
-    durable.sync_dir(folder)
-
-
-def _sweep_work(work: Path, entry: PushEntry | None) -> None:
-    keep = entry.folder(work) if entry is not None else None
-    for folder in sorted(work.glob("push-*")):
-        if folder != keep:
-            _remove_tree(folder)
 
 
 __all__ = ["Outcome", "Progress", "Pusher"]

@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""What a source keeps on its own disk for one VM: the maps of its disks, and the spools of a push. All methods block."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from uuid import UUID
+
+import msgspec
+
+from replicator import durable
+from replicator.config import Config
+from replicator.disk import DiskView
+from replicator.domain.model import Point, PointDisk
+from replicator.imagemap import ImageMap
+from replicator.phcbt.format import Algorithm, StreamHeader
+from replicator.push import spool
+from replicator.push.journal import EntryDisk, PushEntry
+from replicator.push.sender import DiskJob
+
+#: Bytes of a grain in a new chain; a chain that exists keeps its own.
+GRAIN = 65536
+
+
+class PushFiles:
+    """The maps and spools of one VM; errors are those of the maps (DamageError, StateError) and OSError."""
+
+    def __init__(self, config: Config, vm: UUID) -> None:
+        self._vm = vm
+        self._work = config.work_path
+        self._maps = config.state_dir / "maps" / str(vm)
+        self._chunk = config.chunk
+        xxh3 = config.dr_digest == "xxh3-128"
+        self._algorithm = Algorithm.XXH3_128 if xxh3 else Algorithm.BLAKE3_256
+
+    def prepare(self) -> None:
+        """Make the folders."""
+        for folder in (self._work, self._maps.parent, self._maps):
+            durable.make_dir(folder)
+
+    def begin(self, entry: PushEntry) -> None:
+        """Make the folder of a push's spools."""
+        durable.make_dir(entry.folder(self._work))
+
+    def end(self, entry: PushEntry) -> None:
+        """Remove a push's spools."""
+        _remove_tree(entry.folder(self._work))
+
+    def sweep(self, entry: PushEntry | None) -> None:
+        """Remove the spools of every push but this one."""
+        keep = entry.folder(self._work) if entry is not None else None
+        for folder in sorted(self._work.glob("push-*")):
+            if folder != keep:
+                _remove_tree(folder)
+
+    def misfit(self, newest: Point) -> str | None:
+        """A disk whose map is not the newest point's, or None if all are."""
+        for disk in newest.disks:
+            if not spool.map_is_at(self._map(disk), disk, newest.number):
+                return disk.disk
+        return None
+
+    def forget_maps(self) -> None:
+        """Whatever the maps say is not what the receiver has; without them no cycle is planned, only a seed."""
+        _remove_files(self._maps)
+
+    def job(self, entry: PushEntry, index: int, disk: EntryDisk, view: DiskView) -> DiskJob:
+        """The sending of one disk, its spool standing where it was left. The caller closes it."""
+        full = disk.since == entry.point
+        shell = PointDisk(disk.disk, disk.identity, disk.size, disk.base_root, disk.since)
+        known = None if full else ImageMap.open(self._map(shell))
+        try:
+            algorithm = known.algorithm if known is not None else self._algorithm
+            grain = known.grain if known is not None else GRAIN
+            header = StreamHeader(
+                algorithm=algorithm,
+                grain=grain,
+                chunk=max(self._chunk, grain),
+                disk_size=disk.size,
+                vm=self._vm,
+                base_point=0 if full else entry.parent,
+                target_point=entry.point,
+                base_root=disk.base_root,
+                disk_id=disk.disk,
+            )
+            skeleton = spool.Spool(self._skeleton(entry, disk), header)
+        except BaseException:
+            if known is not None:
+                known.close()
+            raise
+        if known is not None and not disk.compare:
+            known.close()
+        since = entry.reference if not full and not disk.compare else None
+        return DiskJob(disk.disk, index, view, since, known if disk.compare else None, skeleton)
+
+    def final_disks(self, entry: PushEntry) -> list[PointDisk]:
+        """What each disk is after the push."""
+        result: list[PointDisk] = []
+        for disk in entry.disks or ():
+            shell = PointDisk(disk.disk, disk.identity, disk.size, b"", disk.since)
+            full = disk.since == entry.point
+            root = spool.new_root(self._skeleton(entry, disk), self._map(shell), shell, full)
+            result.append(msgspec.structs.replace(shell, root=root))
+        return result
+
+    def advance_maps(self, entry: PushEntry, point: Point) -> None:
+        """Bring the maps to a committed point, and remove those of disks that it does not have. Can be repeated."""
+        wanted: set[Path] = set()
+        for disk, known in zip(entry.disks or (), point.disks, strict=True):
+            path = self._map(known)
+            wanted.add(path)
+            spool.advance_map(self._skeleton(entry, disk), path, known, point.number)
+        for path in sorted(self._maps.iterdir()):
+            if path not in wanted:
+                durable.unlink(path)
+
+    def _map(self, disk: PointDisk) -> Path:
+        return self._maps / f"{spool.file_stem(disk.disk, disk.since)}.map"
+
+    def _skeleton(self, entry: PushEntry, disk: EntryDisk) -> Path:
+        return entry.folder(self._work) / f"{spool.file_stem(disk.disk, disk.since)}.skeleton"
+
+
+def _remove_tree(folder: Path) -> None:
+    """Remove a folder of files (one level)."""
+    if folder.is_dir():
+        _remove_files(folder)
+        durable.remove_dir(folder)
+
+
+def _remove_files(folder: Path) -> None:
+    for path in sorted(folder.iterdir()):
+        durable.unlink(path)
+    durable.sync_dir(folder)
