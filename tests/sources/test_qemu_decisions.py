@@ -112,8 +112,9 @@ async def test_disks_of_a_vm() -> None:
     fake = Fake(query_name={}, query_block=blocks)
     identities = await find(fake, found)
     assert len(identities) == 3
-    assert identities[0].startswith("machine-peripheral-sata-0-x-")
-    assert identities[1:] == ["virtio0", "z-named"]
+    # In the machine's own order: the first is what it boots from.
+    assert identities[:2] == ["z-named", "virtio0"]
+    assert identities[2].startswith("machine-peripheral-sata-0-x-")
     assert identities == await find(fake, found)
 
 
