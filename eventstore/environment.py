@@ -141,16 +141,34 @@ class _Shared:
 
 
 class _Registry:
-    """The environments that are open in this process, by real path."""
+    """The environments that are open in this process, by real path; only to be used while it is
+    ``held``.
+    """
 
-    __slots__ = ("lock", "shared")
+    __slots__ = ("holder", "late", "lock", "shared")
 
     def __init__(self) -> None:
         self.shared: dict[str, _Shared] = {}
+        self.late: list[LMDBEnvironment] = []
         self.renew_lock()
 
     def renew_lock(self) -> None:
         self.lock = threading.Lock()
+        self.holder: int | None = None
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Hold the lock. The garbage collector may run at any moment, and close a forgotten handle
+        in the very thread that holds it: such a handle waits in ``late``, and is closed afterwards.
+        """
+        with self.lock:
+            self.holder = threading.get_ident()
+            try:
+                yield
+            finally:
+                self.holder = None
+        while self.late:
+            self.late.pop().close()
 
 
 _registry = _Registry()
@@ -197,7 +215,7 @@ class LMDBEnvironment:
         """
         _check_limits(map_size, max_readers)
         key = os.path.realpath(path)
-        with _registry.lock:
+        with _registry.held():
             shared = _registry.shared.get(key)
             if shared is not None:
                 _check_owner(shared)
@@ -233,10 +251,14 @@ class LMDBEnvironment:
         shared = self._shared
         if shared.pid != os.getpid():
             self._closed = True
+        if self._is_closed():
+            return
+        if _registry.holder == threading.get_ident():
+            _registry.late.append(self)
             return
         # The registry's lock to the end: nobody may open the path again before it is really closed.
-        with _registry.lock, shared.condition:
-            if self._closed:
+        with _registry.held(), shared.condition:
+            if self._is_closed():
                 return
             if threading.get_ident() in shared.threads:
                 raise InterfaceError(f"event store {self.path} closed inside a transaction")
@@ -246,6 +268,10 @@ class LMDBEnvironment:
                 shared.condition.wait_for(lambda: not shared.threads)
                 shared.lmdb.close()
                 del _registry.shared[shared.key]
+
+    def _is_closed(self) -> bool:
+        """Asked again under the lock: another thread may have closed it meanwhile."""
+        return self._closed
 
     def read(self, function: Callable[[Transaction], T]) -> T:
         """Run ``function`` in one read transaction and return its result.

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import lmdb
 import pytest
@@ -21,6 +22,7 @@ from eventsourcing.persistence import (
 )
 
 from eventstore import Journal, LMDBApplicationRecorder, LMDBEnvironment
+from eventstore import environment as environment_module
 from eventstore.environment import MAX_DATABASES, _library_error
 
 ROOT = Path(__file__).parents[2]
@@ -313,3 +315,27 @@ def test_the_library_class_of_each_lmdb_error(
     mapped = _library_error(made, "/path")
     assert type(mapped) is expected
     assert "/path" in str(mapped)
+
+
+def test_a_handle_that_the_collector_closes_in_the_middle_of_an_open_is_closed_after_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The collector may run at any allocation, so also where this thread holds the registry's lock.
+    forgotten = LMDBEnvironment.open(tmp_path / "forgotten")
+    closed = LMDBEnvironment.open(tmp_path / "forgotten")
+    closed.close()
+    open_lmdb = environment_module._open_lmdb
+
+    def collect_then_open(*args: Any, **kwargs: Any) -> lmdb.Environment:
+        closed.close()
+        forgotten.close()
+        assert forgotten.read(lambda _: "still open") == "still open"
+        return open_lmdb(*args, **kwargs)
+
+    monkeypatch.setattr(environment_module, "_open_lmdb", collect_then_open)
+    with LMDBEnvironment.open(tmp_path / "other"):
+        with pytest.raises(InterfaceError, match="is closed"):
+            forgotten.read(lambda _: None)
+        monkeypatch.undo()
+        with LMDBEnvironment.open(tmp_path / "forgotten") as again:
+            assert again.read(lambda _: "open again") == "open again"
