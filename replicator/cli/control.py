@@ -79,7 +79,7 @@ class ControlClient:
             else:
                 text = (
                     f"no receiver listens at {self._path} ({error.strerror or error}): start it with"
-                    " systemctl start replicator-receiver, or replctl receiver"
+                    " replctl receiver"
                 )
             raise ReplicatorError(text) from error
         except ValueError as error:

@@ -156,7 +156,7 @@ async def test_no_receiver(tmp_path: Path) -> None:
     with trio.socket.socket(trio.socket.AF_UNIX) as sock:
         await sock.bind(str(stale))
     for path in (tmp_path / "none.sock", stale):
-        expected = rf"no receiver listens at {path} .*systemctl start replicator-receiver"
+        expected = rf"no receiver listens at {path} .*start it with replctl receiver$"
         with pytest.raises(ReplicatorError, match=expected) as caught:
             await ControlClient(path).get("/v1/status")
         assert caught.value.exit_code == 1

@@ -88,7 +88,14 @@ def test_the_readmes_configurations_are_accepted() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["README.md", "docs/commands.md", "docs/configuration.md", "docs/json.md"]
+    "name",
+    [
+        "README.md",
+        "docs/commands.md",
+        "docs/configuration.md",
+        "docs/json.md",
+        "docs/operating.md",
+    ],
 )
 def test_pages_that_are_named_are_there(name: str) -> None:
     text = read(name)
