@@ -88,6 +88,8 @@ class Stores:
                 return store
             self._check_name(vm, opened.name)
             _check_first(opened)
+            if self._log.get(vm) is None:
+                await trio.to_thread.run_sync(_set_aside, self._config.state_dir / "vms", vm)
             await self._log.register(vm, opened.name, "receiver")
             return await self._add(vm)
 
@@ -110,6 +112,18 @@ def _check_first(opened: Open) -> None:
         )
     if len({disk.disk for disk in opened.disks}) != len(opened.disks):
         raise PushRefusedHereError("bad-request", "a disk stands twice in the push")
+
+
+def _set_aside(root: Path, vm: UUID) -> None:
+    """Give a folder that no log knows another name: its replica may be the last copy that somebody has."""
+    folder = root / str(vm)
+    if not folder.is_dir():
+        return
+    number = 1
+    while (aside := root / f"{vm}.unknown-{number}").exists():
+        number += 1
+    _logger.warning("%s is not in the log; it is kept as %s", folder, aside.name)
+    durable.rename(folder, aside)
 
 
 def _matches(patterns: str, vm: str, name: str) -> bool:

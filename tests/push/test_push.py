@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import os
 import random
+import shutil
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -452,6 +453,26 @@ async def test_a_receiver_that_lost_its_state_is_seeded_again(tmp_path: Path) ->
         assert (await again.push(Want.RUN)).point.number == 4
         await rx.settled()
         await same_on_both_sides(rx, again, 2)
+
+
+async def test_a_receiver_that_lost_its_log_keeps_the_replica_that_it_does_not_know(
+    tmp_path: Path,
+) -> None:
+    async with pair(tmp_path) as (rx, _, sx):
+        await sx.push(Want.SEED)
+        await rx.settled()
+        content, folder = sx.content("disk-0"), rx.store.paths.root
+        change(sx, 2)
+    shutil.rmtree(rx.config.state_dir / "events")
+    async with (
+        receiver_site(rx.config.state_dir) as again,
+        source_site(tmp_path / "sx", again.port, sx.disks) as source,
+    ):
+        await source.push(Want.RUN)
+        await again.settled()
+        await same_on_both_sides(again, source, 1)
+    aside = folder.with_name(f"{folder.name}.unknown-1")
+    assert (aside / "replica" / "disk-0.raw").read_bytes() == content
 
 
 async def test_an_image_that_changed_while_the_push_was_cut(tmp_path: Path) -> None:
