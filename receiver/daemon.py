@@ -46,10 +46,11 @@ async def run_receiver(
         await clones.recover()
         control = ControlApi(log, stores, clones, config.state_dir / "run")
         await nursery.start(serve_http, config.control_path, control.handle)
-        port = await _listen(config, stores, keyring, nursery)
+        port, where = await _listen(config, stores, keyring, nursery)
         _logger.info(
             "replicator backend up (v%s) phase=receiver mode=receiver vm=%s", __version__, config.vm
         )
+        _logger.info("listening on %s, %s", where, _summary(config, len(list(keyring.values()))))
         notifier.send("READY=1", f"STATUS=listening on port {port}")
         nursery.start_soon(notifier.watch)
         nursery.start_soon(_tell_status, notifier, log)
@@ -57,7 +58,10 @@ async def run_receiver(
         task_status.started(port)
 
 
-async def _listen(config: Config, stores: Stores, keyring: Keyring, nursery: trio.Nursery) -> int:
+async def _listen(
+    config: Config, stores: Stores, keyring: Keyring, nursery: trio.Nursery
+) -> tuple[int, str]:
+    """The port, and address and port for people."""
     server = PushServer(stores, keyring)
     try:
         listeners = await trio.open_tcp_listeners(config.dr_port, host=config.dr_listen or None)
@@ -65,7 +69,16 @@ async def _listen(config: Config, stores: Stores, keyring: Keyring, nursery: tri
         where = f"{config.dr_listen or 'all addresses'}:{config.dr_port}"
         raise StateError(f"cannot listen on {where}: {error.strerror or error}") from error
     nursery.start_soon(trio.serve_listeners, server.serve, listeners)
-    return int(listeners[0].socket.getsockname()[1])
+    port = int(listeners[0].socket.getsockname()[1])
+    return port, f"{config.dr_listen or 'all addresses'}:{port}"
+
+
+def _summary(config: Config, keys: int) -> str:
+    """What the receiver was told to do, in a few words."""
+    count = config.dr_restore_points
+    points = "1 point" if count == 1 else f"{count} points"
+    when = "at once" if config.push_apply_remote else "when they leave retention"
+    return f"{keys} {'key' if keys == 1 else 'keys'}, keeps {points}, applies deltas {when}"
 
 
 async def _tell_status(notifier: Notifier, log: EventLog) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import msgspec
+import msgspec.inspect
 
 from replicator.errors import UsageError
 from replicator.wire.keys import Keyring, PreSharedKey
@@ -187,12 +188,29 @@ def check(values: dict[str, str]) -> Config:
     try:
         config = msgspec.convert(converted, Config, strict=False)
     except msgspec.ValidationError as error:
-        message, _, where = str(error).partition(" - at `$.")
-        raise UsageError(f"{where.rstrip('`')}: {message.lower()}") from None
+        _, _, where = str(error).partition(" - at `$.")
+        key = where.rstrip("`")
+        raise UsageError(f"{key}: expected {_allowed(key)}") from None
     for key, what in _NOT_IN_THIS_VERSION.items():
         if getattr(config, key):
             raise UsageError(f"{key}: this version does not have {what} yet; remove the key")
     return config
+
+
+def _allowed(key: str) -> str:
+    """What a key may be set to, in words."""
+    fields = msgspec.structs.fields(Config)
+    kind = msgspec.inspect.type_info(next(field.type for field in fields if field.name == key))
+    if isinstance(kind, msgspec.inspect.UnionType):  # or None: the default, which nobody writes
+        kind = next(each for each in kind.types if not isinstance(each, msgspec.inspect.NoneType))
+    match kind:
+        case msgspec.inspect.IntType():
+            return f"a whole number from {kind.ge} to {kind.le}"
+        case msgspec.inspect.LiteralType():
+            return "one of " + ", ".join(map(str, kind.values))
+        case msgspec.inspect.StrType(min_length=int(), max_length=int()):
+            return f"{kind.min_length} to {kind.max_length} characters"
+    return "another value"
 
 
 def _convert(key: str, value: str) -> Any:

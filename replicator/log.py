@@ -143,6 +143,23 @@ class EventLog:
 
         return await self._read(select)
 
+    async def page(
+        self, vm: UUID, *, after: int | None, limit: int
+    ) -> tuple[list[Aggregate.Event], bool]:
+        """Up to ``limit`` events of a VM, oldest first, and whether others had to be left out.
+
+        The newest ones (earlier ones are left out), or with ``after`` the first with a greater number (later ones are).
+        """
+        if after is not None:
+            found = await self.history(vm, after=after, limit=limit + 1)
+            return found[:limit], len(found) > limit
+
+        def select() -> list[Any]:
+            return list(self._application.events.get(stream_id(vm), desc=True, limit=limit + 1))
+
+        newest = await self._read(select)
+        return newest[:limit][::-1], len(newest) > limit
+
     async def journal_put(self, key: str, value: Any) -> None:
         """Write down what must be undone or taken up after a crash; durable on return."""
         await self._write(self._journal.put, key, msgspec.msgpack.encode(value))

@@ -30,6 +30,7 @@ from replicator import durable
 from replicator.config import Config
 from replicator.domain.failover import Command, decide
 from replicator.domain.model import Point, PointDisk, TestClone
+from replicator.domain.views import instant
 from replicator.errors import ReplicatorError
 from replicator.log import EventLog
 from replicator.nursery import flat_nursery
@@ -38,7 +39,7 @@ _logger = logging.getLogger(__name__)
 
 #: How long a test waits for the guest's first console line.
 CONSOLE_WAIT_S = 60.0
-_RESTARTED = "the receiver was restarted: undo, or test again"
+_RESTARTED = "the receiver was restarted: undo, or undo and test again"
 _SOCKET_PREFIXES = ("c-", "e-")
 _FAILURES = (OSError, ReplicatorError, PersistenceError)
 
@@ -63,6 +64,11 @@ class _Clone:
     def overlay(self, disk: PointDisk) -> Path:
         return self.folder / f"{disk.disk}.qcow2"
 
+    @property
+    def running(self) -> bool:
+        """Whether its machine was started and has not ended."""
+        return self.machine is not None and not self.machine.ended
+
     def result(self, vm: str) -> dict[str, Any]:
         """What /failover/test answers."""
         disks = [
@@ -79,6 +85,7 @@ class _Clone:
             "point": self.point.number,
             "clone": self.clone_id,
             "disks": disks,
+            "running": self.running,
             "booted": self.boot.booted,
             "console": self.boot.console,
             "console_s": self.boot.console_s,
@@ -114,6 +121,21 @@ class CloneManager:
         """The clone of a VM that is served now, as ``start_test`` reported it; None if there is none."""
         clone = self._clones.get(store.uuid)
         return None if clone is None else clone.result(store.vm.name)
+
+    def warnings(self, store: VmStore) -> list[str]:
+        """What status says of a VM under test: what the clone costs, and whether it still is of use."""
+        test = store.vm.test
+        if test is None:
+            return []
+        since = instant(test.started_at_us)
+        what = f"test clone {test.clone_id} of point {test.point} since {since}"
+        found = [f"{what}: it keeps point {test.point} and all later ones from being released"]
+        clone = self._clones.get(store.uuid)
+        if self._lock(store).locked():
+            return found  # it is being booted or removed
+        if clone is None or not clone.running:
+            found.append("the clone's machine is not running: undo, or undo and test again")
+        return found
 
     # Test
 

@@ -187,6 +187,11 @@ class Machine:
         said = [line for line in lines if line]
         return f"QEMU ended with status {status}" + (f": {said[-1]}" if said else "")
 
+    @property
+    def ended(self) -> bool:
+        """Whether QEMU has ended, or could not be started."""
+        return self._ended is not None
+
     async def _take_stderr(self, data: bytes) -> None:
         self._stderr += data
         del self._stderr[:-_STDERR_KEPT]
@@ -207,7 +212,7 @@ class Machine:
             if seconds is None:
                 seconds = trio.current_time() - self._started_at
             return BootResult(line, round(seconds, 3))
-        reason = self._ended or f"nothing on the serial console within {limit_s:g} s"
+        reason = self._ended or f"nothing on its serial console within {limit_s:g} s"
         return BootResult(reason=reason)
 
 

@@ -66,10 +66,13 @@ class ControlApi:
         now_us = time.time_ns() // 1000
         return {
             "vms": [
-                vm_status(store.vm, now_us, [store.trouble] if store.trouble else [])
-                for store in self._stores.all
+                vm_status(store.vm, now_us, self._warnings(store)) for store in self._stores.all
             ]
         }
+
+    def _warnings(self, store: VmStore) -> list[str]:
+        trouble = [store.trouble] if store.trouble else []
+        return [*trouble, *self._clones.warnings(store)]
 
     def _points(self, store: VmStore) -> dict[str, Any]:
         vm = store.vm
@@ -82,10 +85,10 @@ class ControlApi:
 
     async def _history(self, store: VmStore, query: str) -> dict[str, Any]:
         values = parse_qs(query)
-        after = _number(values.get("after", ["0"])[0], "after")
         limit = min(_number(values.get("limit", ["1000"])[0], "limit"), _HISTORY_MAX)
-        events = await self._log.history(UUID(store.vm.vm), after=after, limit=limit)
-        return {"events": [event_info(event) for event in events]}
+        after = _number(values["after"][0], "after") if "after" in values else None
+        events, more = await self._log.page(UUID(store.vm.vm), after=after, limit=limit)
+        return {"events": [event_info(event) for event in events], "more": more}
 
     async def _verify(self, store: VmStore, body: dict[str, Any]) -> Lines:
         point = _point(body)

@@ -77,6 +77,7 @@ class PushServer:
         self._keyring = keyring
         self._handshakes = trio.CapacityLimiter(HANDSHAKES_MAX)
         self._active: dict[UUID, _Claim] = {}
+        self._told_names: dict[UUID, str] = {}
 
     def is_pushing(self, vm: UUID) -> bool:
         """Whether a push of this VM is landing now."""
@@ -99,14 +100,15 @@ class PushServer:
             _logger.warning("%s: no session: %s", host, error)
             return
         async with MessageStream(stream, m.LIMITS) as framed:
+            session = _PushSession(self, framed, stream.peer_key)
             try:
-                await _PushSession(self, framed, stream.peer_key).run()
+                await session.run()
             except (WireError, trio.BrokenResourceError, trio.ClosedResourceError) as error:
-                _logger.warning("%s: session ended: %s", host, error)
+                _logger.warning("%s: session of %s ended: %s", host, session.whose, error)
             except (OSError, ReplicatorError, PersistenceError) as error:
-                _logger.error("%s: session failed: %s", host, error)
+                _logger.error("%s: session of %s failed: %s", host, session.whose, error)
             except Exception:  # a defect that one session meets must not end the others
-                _logger.exception("%s: session failed", host)
+                _logger.exception("%s: session of %s failed", host, session.whose)
 
     def check_key(self, key: PreSharedKey, vm: UUID, name: str) -> None:
         """Raise PushRefusedHereError unless this key may push this VM.
@@ -117,6 +119,18 @@ class PushServer:
         known = store.vm.name if store is not None else name
         if key.vm is not None and key.vm not in (str(vm), known):
             raise PushRefusedHereError("wrong-key", f"the key {key.name} may not push VM {name}")
+
+    def note_name(self, vm: UUID, name: str) -> None:
+        """Say once that the source calls a VM otherwise than it is called here."""
+        store = self._stores.get(vm)
+        if store is None or self._told_names.get(vm, store.vm.name) == name:
+            return
+        self._told_names[vm] = name
+        _logger.warning(
+            "%s: the source calls this VM %s now; it keeps the name that it was seeded with here",
+            store.vm.name,
+            name,
+        )
 
     async def claim(self, vm: UUID, push_id: str, scope: trio.CancelScope) -> _Claim:
         """Be the one session that pushes this VM; a stale session of the same push is ended first."""
@@ -148,6 +162,8 @@ class _PushSession:
         self._session = Session()
         self._push: _Push | None = None
         self._vm: UUID | None = None  # whose state may be told: the key fits
+        #: The VM that the session is about, for the log: as it is called here, else as the source calls it.
+        self.whose = "no VM yet"
         self._claim: tuple[UUID, _Claim] | None = None
         self._scope = trio.CancelScope()
 
@@ -191,7 +207,7 @@ class _PushSession:
             except (WireError, trio.BrokenResourceError, trio.ClosedResourceError):
                 raise
             except (OSError, PersistenceError, ReplicatorError) as error:
-                await self._refuse(*_refusal(error))
+                await self._refuse(*_refusal(error, self.whose))
 
     async def _take(self, message: tuple[int, bytearray] | None) -> None:
         if message is None:
@@ -223,6 +239,8 @@ class _PushSession:
 
     def _check_key(self, vm: str, name: str) -> UUID:
         self._vm, asked = None, m.vm_uuid(vm)
+        store = self._server.stores.get(asked)
+        self.whose = store.vm.name if store is not None else f"{name} (not known here)"
         self._server.check_key(self._key, asked, name)
         self._vm = asked
         return asked
@@ -230,6 +248,7 @@ class _PushSession:
     async def _query(self, query: m.Query) -> None:
         vm = self._check_key(query.vm, query.name)
         self._server.stores.check_acceptable(vm, query.name)
+        self._server.note_name(vm, query.name)
         await self._state(vm)
 
     async def _state(self, vm: UUID) -> None:
@@ -316,7 +335,7 @@ class _PushSession:
 
     async def _refuse(self, code: m.RefusalCode, reason: str) -> None:
         """Say no. What has landed stays for another try, except where it can never be committed."""
-        _logger.warning("push refused (%s): %s", code, reason)
+        _logger.warning("%s: push refused (%s): %s", self.whose, code, reason)
         push = self._push
         self._close_push()
         if push is not None and code in _HOPELESS:
@@ -352,7 +371,7 @@ class _PushSession:
         await self._stream.send(m.CONTROL, m.encode(message))
 
 
-def _refusal(error: Exception) -> tuple[m.RefusalCode, str]:
+def _refusal(error: Exception, whose: str) -> tuple[m.RefusalCode, str]:
     """What the source is told of an error. Paths of this host stay in its own log."""
     if isinstance(error, PushRefusedHereError):
         return error.code, error.reason
@@ -360,7 +379,7 @@ def _refusal(error: Exception) -> tuple[m.RefusalCode, str]:
         return "state", str(error)
     if isinstance(error, PhcbtError):
         return "damaged-stream", str(error)
-    _logger.error("push failed: %s", error)
+    _logger.error("%s: push failed: %s", whose, error)
     if isinstance(error, DamageError | StateError):
         return "root-mismatch", "what the push is built on is damaged here"
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Callable
 from pathlib import Path
 
@@ -35,8 +36,13 @@ def check_target(target: Path, *, force: bool) -> None:
     partial = partial_path(target)
     if not target.parent.is_dir():
         raise UsageError(f"--to {target}: {target.parent} is not a directory")
-    if target.is_dir():
-        raise UsageError(f"--to {target}: it is a directory")
+    # Renaming over a device node, a link or a pipe would take it away from whoever uses it: not even by force.
+    for path in (target, partial):
+        what = _irregular(path)
+        if what is not None:
+            raise UsageError(
+                f"--to {target}: {path} is {what}; only a regular file can be replaced"
+            )
     if force:
         return
     if os.path.lexists(target):
@@ -45,6 +51,23 @@ def check_target(target: Path, *, force: bool) -> None:
         raise UsageError(
             f"--to {target}: {partial} is left of an export, or one is running; --force replaces it"
         )
+
+
+def _irregular(path: Path) -> str | None:
+    """What lies at ``path`` if it is there and no regular file; links are not followed."""
+    try:
+        mode = path.lstat().st_mode
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise UsageError(f"--to {path}: {error.strerror}") from error
+    if stat.S_ISREG(mode):
+        return None
+    kinds = ((stat.S_ISDIR, "a directory"), (stat.S_ISLNK, "a symbolic link"))
+    for is_kind, name in (*kinds, (stat.S_ISBLK, "a block device"), (stat.S_ISFIFO, "a pipe")):
+        if is_kind(mode):
+            return name
+    return "a device or a socket"
 
 
 async def copy_disk(
@@ -101,7 +124,8 @@ async def _copy(nbd: NbdClient, file: durable.DurableFile, report: Callable[[int
 
     async def work(pieces: trio.MemoryReceiveChannel[Piece]) -> None:
         nonlocal read
-        async with pieces:
+        # Not ``async with``: while that waits, others may report that all workers are gone, and hide why.
+        with pieces:
             async for offset, length in pieces:
                 data = await nbd.read(offset, length)
                 read += length

@@ -58,9 +58,9 @@ def verify(context: CliContext, vm: str, point: int | None) -> None:
         for fault in faults:
             click.echo(one_line(f"map: {fault}"))
     if not result["good"]:
-        raise DamageError(
-            f"recovery point {result['point']} of {vm} is damaged ({len(damages) + len(faults)} findings)"
-        )
+        count = len(damages) + len(faults)
+        findings = "1 finding" if count == 1 else f"{count} findings"
+        raise DamageError(f"recovery point {result['point']} of {vm} is damaged ({findings})")
     if not context.json:
         click.echo(
             f"recovery point {result['point']} of {one_line(vm)} is good: {size(result['bytes_read'])} read"
@@ -151,7 +151,8 @@ def disk_name(text: str) -> str:
 
 def _boot(result: dict[str, Any]) -> str:
     if not result["booted"]:
-        return f"not booted: {result['reason'] or 'no reason given'}"
+        how = "running, but" if result.get("running") else "not booted:"
+        return f"{how} {result['reason'] or 'no reason given'}"
     if result["console"] is None:
         return "booted"
     return f"booted, first console line after {duration(result['console_s'])}: {result['console']}"

@@ -15,13 +15,18 @@ import trio
 
 from replicator.cli.context import CliContext
 from replicator.cli.control import ControlClient, vm_path
+from replicator.cli.text import duration
 from replicator.config import Config
-from replicator.domain.views import event_info, point_info, vm_status
+from replicator.domain.model import Point
+from replicator.domain.views import event_info, instant, point_info, vm_status
 from replicator.log import EventLog, open_log
+from replicator.push import trouble
+from replicator.push.trouble import Trouble
 
 _logger = logging.getLogger(__name__)
 
-HISTORY_LIMIT = 1000
+HISTORY_LIMIT = 100
+HISTORY_LIMIT_JSON = 1000
 HISTORY_LIMIT_MAX = 10_000
 
 
@@ -58,28 +63,43 @@ def points(context: CliContext, vm: str) -> None:
 @click.command()
 @click.argument("vm")
 @click.option(
-    "--since-id", type=click.IntRange(min=0), default=0, help="Only events with a greater id."
+    "--since-id",
+    type=click.IntRange(min=0),
+    help="Only events with a greater id, from the first of them on.",
 )
 @click.option(
     "--limit",
     type=click.IntRange(1, HISTORY_LIMIT_MAX),
-    default=HISTORY_LIMIT,
-    show_default=True,
-    help="At most so many.",
+    help=f"At most so many.  [default: {HISTORY_LIMIT}, with --json {HISTORY_LIMIT_JSON}]",
 )
 @click.pass_obj
-def history(context: CliContext, vm: str, since_id: int, limit: int) -> None:
+def history(context: CliContext, vm: str, since_id: int | None, limit: int | None) -> None:
     """List what happened to a VM.
 
-    VM is a name or UUID; the oldest comes first.
+    VM is a name or UUID. The newest events, in the order in which they happened.
     """
-    events = trio.run(_history, context.config(), vm, since_id, limit)
+    limit = limit or (HISTORY_LIMIT_JSON if context.json else HISTORY_LIMIT)
+    events, more = trio.run(_history, context.config(), vm, since_id, limit)
     if context.json:
         context.print_json(events)
     else:
         from replicator.cli.render import show_history  # noqa: PLC0415 - only for a person
 
         show_history(events)
+    if more:
+        click.echo(_left_out(events, since_id), err=True)
+
+
+def _left_out(events: list[dict[str, Any]], since_id: int | None) -> str:
+    if since_id is not None:
+        last = events[-1]["id"]
+        return f"later events are left out: --since-id {last} goes on with them"
+    first = events[0]["id"]
+    return (
+        f"{first - 1} earlier events are left out: --limit shows more, --since-id 0 begins with the first"
+        if first != 2
+        else "1 earlier event is left out: --limit shows more, --since-id 0 begins with the first"
+    )
 
 
 @asynccontextmanager
@@ -99,7 +119,39 @@ async def _status(config: Config) -> list[dict[str, Any]]:
         return list((await ControlClient(config.control_path).get("/v1/status"))["vms"])
     async with _own_log(config) as log:
         now_us = time.time_ns() // 1000
-        return [vm_status(vm, now_us) for vm in log.vms] if log is not None else []
+        if log is None:
+            return []
+        return [
+            vm_status(
+                vm,
+                now_us,
+                source_warnings(
+                    vm.newest, await trouble.load(log, vm.vm), now_us, config.push_interval
+                ),
+            )
+            for vm in log.vms
+        ]
+
+
+def source_warnings(
+    newest: Point | None, failed: Trouble | None, now_us: int, interval_s: int
+) -> list[str]:
+    """What a source's status says of protection that has stopped; ``interval_s`` is push_interval."""
+    found = []
+    if failed is not None:
+        since = instant(failed.since_us)
+        found.append(
+            f"the last cycle failed, at {since}: {failed.reason}"
+            if failed.failures == 1
+            else f"the last {failed.failures} attempts at a cycle failed, since {since}: {failed.reason}"
+        )
+    if newest is not None:
+        age_s = (now_us - newest.taken_at_us) / 1_000_000
+        if age_s > 2 * interval_s:
+            found.append(
+                f"no new recovery point for {duration(age_s)}, push_interval is {interval_s} s"
+            )
+    return found
 
 
 async def _points(config: Config, name: str) -> list[dict[str, Any]]:
@@ -114,13 +166,19 @@ async def _points(config: Config, name: str) -> list[dict[str, Any]]:
         return [point_info(vm, vm.points[number]) for number in sorted(vm.points)]
 
 
-async def _history(config: Config, name: str, after: int, limit: int) -> list[dict[str, Any]]:
+async def _history(
+    config: Config, name: str, after: int | None, limit: int
+) -> tuple[list[dict[str, Any]], bool]:
+    """The events, and whether others were left out."""
     if not config.is_source:
-        target = f"{vm_path(name, 'history')}?after={after}&limit={limit}"
-        return list((await ControlClient(config.control_path).get(target))["events"])
+        target = f"{vm_path(name, 'history')}?limit={limit}"
+        if after is not None:
+            target += f"&after={after}"
+        answer = await ControlClient(config.control_path).get(target)
+        return list(answer["events"]), bool(answer["more"])
     async with _own_log(config) as log:
         if log is None:
-            return []
+            return [], False
         vm = log.find(name)
-        events = await log.history(UUID(vm.vm), after=after, limit=limit)
-        return [event_info(event) for event in events]
+        events, more = await log.page(UUID(vm.vm), after=after, limit=limit)
+        return [event_info(event) for event in events], more

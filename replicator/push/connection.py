@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from typing import TypeVar
 
@@ -174,6 +174,30 @@ class Connection:
             _logger.debug("no more pings: %s", error)
 
 
+def _why(error: BaseException) -> str:
+    """Why no connection could be made, for people: what the attempts failed of, each reason once."""
+    if isinstance(error, trio.TooSlowError):
+        return f"no answer within {CONNECT_S} s"
+    reasons = dict.fromkeys(
+        leaf.strerror or str(leaf) or type(leaf).__name__
+        if isinstance(leaf, OSError)
+        else str(leaf) or type(leaf).__name__
+        for leaf in _attempts(error)
+    )
+    return ", ".join(reasons)
+
+
+def _attempts(error: BaseException) -> Iterator[BaseException]:
+    """The errors of the single attempts: trio sums them up in one whose cause is the error, or a group of them."""
+    if isinstance(error, BaseExceptionGroup):
+        for inner in error.exceptions:
+            yield from _attempts(inner)
+    elif isinstance(error, OSError) and error.errno is None and error.__cause__ is not None:
+        yield from _attempts(error.__cause__)
+    else:
+        yield error
+
+
 @asynccontextmanager
 async def connect(config: Config, key: PreSharedKey) -> AsyncIterator[Connection]:
     """A session with the receiver of ``config``, ended on leaving.
@@ -186,8 +210,7 @@ async def connect(config: Config, key: PreSharedKey) -> AsyncIterator[Connection
         with trio.fail_after(CONNECT_S):
             transport = await trio.open_tcp_stream(config.dr_host, config.dr_port)
     except (OSError, trio.TooSlowError) as error:
-        reason = getattr(error, "strerror", None) or str(error) or "no answer"
-        raise ConnectionLostError(f"cannot reach the receiver at {where}: {reason}") from error
+        raise ConnectionLostError(f"cannot reach the receiver at {where}: {_why(error)}") from error
     try:
         stream = await connect_stream(transport, key, deadline_s=HANDSHAKE_S)
     except trio.BrokenResourceError as error:

@@ -20,6 +20,8 @@ from replicator.push.sender import DiskJob
 
 #: Bytes of a grain in a new chain; a chain that exists keeps its own.
 GRAIN = 65536
+#: Digest algorithms as the configuration names them.
+_DIGESTS = {Algorithm.XXH3_128: "xxh3-128", Algorithm.BLAKE3_256: "blake3-256"}
 
 
 class PushFiles:
@@ -30,8 +32,9 @@ class PushFiles:
         self._work = config.work_path
         self._maps = config.state_dir / "maps" / str(vm)
         self._chunk = config.chunk
-        xxh3 = config.dr_digest == "xxh3-128"
-        self._algorithm = Algorithm.XXH3_128 if xxh3 else Algorithm.BLAKE3_256
+        self._algorithm = next(
+            algorithm for algorithm, name in _DIGESTS.items() if name == config.dr_digest
+        )
 
     def prepare(self) -> None:
         """Make the folders."""
@@ -59,6 +62,18 @@ class PushFiles:
             if not spool.map_is_at(self._map(disk), disk, newest.number):
                 return disk.disk
         return None
+
+    def other_digest(self, newest: Point) -> list[tuple[str, str]]:
+        """The disks whose chain has another digest than the configuration asks for now, and which it is."""
+        found = []
+        for disk in newest.disks:
+            path = self._map(disk)
+            if not spool.map_is_at(path, disk, newest.number):
+                continue  # it will be seeded
+            with ImageMap.open(path) as known:
+                if known.algorithm is not self._algorithm:
+                    found.append((disk.disk, _DIGESTS[known.algorithm]))
+        return found
 
     def forget_maps(self) -> None:
         """Whatever the maps say is not what the receiver has; without them no cycle is planned, only a seed."""

@@ -17,6 +17,7 @@ from uuid import UUID
 
 import msgspec
 import trio
+from eventsourcing.persistence import PersistenceError
 
 from replicator.config import Config
 from replicator.disk import Extent
@@ -29,13 +30,14 @@ from replicator.errors import (
     PhcbtError,
     ReferenceLostError,
     RefusedError,
+    ReplicatorError,
     SnapshotGoneError,
     StateError,
     WireError,
 )
 from replicator.imagemap import vm_root
 from replicator.log import EventLog
-from replicator.push import journal
+from replicator.push import journal, trouble
 from replicator.push.connection import Connection, ConnectionLostError, connect
 from replicator.push.files import PushFiles
 from replicator.push.journal import EntryDisk, PushEntry
@@ -116,8 +118,30 @@ class Pusher:
 
         Goes on over broken lines until nothing more has become durable for as long as the patience given.
         Raises RefusedError (with PeerRefusedError), SourceError, AuthenticationError, WireError, ConnectionLostError.
-        Cancelled, it leaves everything as a crash would.
+        Cancelled, it leaves everything as a crash would. Attempts of PUSH and RUN that fail are written down for status
+        until the next point (``trouble``); a seed that is refused says nothing of the protection that there is.
         """
+        try:
+            outcome = await self._push_patiently(want)
+        except (ReplicatorError, OSError) as error:
+            await self._note_failure(want, error)
+            raise
+        await trouble.clear(self._log, self._vm.vm)
+        return outcome
+
+    async def _note_failure(self, want: Want, error: BaseException) -> None:
+        """For status. That it cannot be written down is logged: the push's own error matters more."""
+        if want not in (Want.PUSH, Want.RUN):
+            return
+        # A source that cannot be asked does not say which VM it is: it is the one that was pushed from here.
+        vms = [self._vm.vm] if self._vm_id.int else [vm.vm for vm in self._log.vms]
+        try:
+            for vm in vms:
+                await trouble.note(self._log, vm, error, time.time_ns() // 1000)
+        except (OSError, PersistenceError) as failure:
+            _logger.error("what failed cannot be written down for status: %s", failure)
+
+    async def _push_patiently(self, want: Want) -> Outcome:
         await self._prepare()
         attempt, reached = 0, False
         deadline = trio.current_time() + self._patience_s
@@ -137,6 +161,7 @@ class Pusher:
                     raise
                 pause = backoff_s(attempt, random.random())
                 _logger.warning("%s; trying again in %.1f s", error, pause)
+                await self._note_failure(want, error)
                 attempt += 1
                 await trio.sleep(pause)
 
@@ -157,6 +182,14 @@ class Pusher:
             for name in await self._source.sweep(keep, reference):
                 _logger.warning("removed %s, left by an earlier run", name)
             await trio.to_thread.run_sync(self._files.sweep, entry)
+            if newest is not None:
+                for disk, kept in await trio.to_thread.run_sync(self._files.other_digest, newest):
+                    _logger.warning(
+                        "dr_digest = %s holds for new chains only; %s keeps %s until replctl seed --again",
+                        self._config.dr_digest,
+                        disk,
+                        kept,
+                    )
             self._swept = True
 
     # One session
@@ -206,7 +239,7 @@ class Pusher:
             try:
                 disks = await self._name_disks(entry, snapshot)
             except RefusedError as error:
-                await self._abandon(entry, str(error), None)
+                await self._abandon(entry, str(error), None, raised=True)
                 raise
             entry = msgspec.structs.replace(entry, taken_at_us=snapshot.taken_at_us, disks=disks)
             await journal.store(self._log, self._vm.vm, entry)
@@ -218,6 +251,7 @@ class Pusher:
         """Which disk is which, from its identity; raises RefusedError for one that shrank."""
         vm = self._vm
         names, taken = vm.disk_names(), list(vm.disk_names().values())
+        self._tell_changed_disks(entry, snapshot)
         lost = snapshot.lost_tracking
         if lost is not None and entry.kind is PushKind.CYCLE:
             _logger.warning(
@@ -232,6 +266,8 @@ class Pusher:
                 wanted = disk.identity if _is_disk_name(disk.identity) else None
                 name = wanted if wanted and wanted not in taken else next_disk_name(taken)
                 taken.append(name)
+                if vm.newest is not None:
+                    _logger.info("%s: %s (%s) is new", self._name, name, disk.identity)
             old = vm.newest.disk(name) if vm.newest and disk.identity in names else None
             size = disk.view.size
             if entry.kind is PushKind.SEED or old is None:
@@ -245,6 +281,22 @@ class Pusher:
             compare = lost is not None or not await _tracks(disk.view.extents(entry.reference))
             result.append(EntryDisk(name, disk.identity, size, old.since, compare, old.root))
         return tuple(result)
+
+    def _tell_changed_disks(self, entry: PushEntry, snapshot: Snapshot) -> None:
+        """Log which disks come and go with this push."""
+        newest = self._vm.newest
+        if newest is None:
+            return
+        there = {disk.identity for disk in snapshot.disks}
+        for old in newest.disks:
+            if old.identity not in there:
+                _logger.warning(
+                    "%s: %s (%s) is gone: it is not protected any more from point %d on",
+                    self._name,
+                    old.disk,
+                    old.identity,
+                    entry.point,
+                )
 
     async def _resume(
         self, connection: Connection, entry: PushEntry, state: m.VmState
@@ -292,17 +344,17 @@ class Pusher:
             answer = await self._send(connection, entry, snapshot)
         except PeerRefusedError as error:
             if error.code in _HOPELESS:
-                await self._abandon(entry, str(error), None)
+                await self._abandon(entry, str(error), None, raised=True)
                 if error.code == "root-mismatch":
                     await trio.to_thread.run_sync(self._files.forget_maps)
             raise
         except (DamageError, StateError) as error:
             # A map of ours is damaged or gone. Told to the receiver, which would keep what has landed.
-            await self._abandon(entry, str(error), connection)
+            await self._abandon(entry, str(error), connection, raised=True)
             await trio.to_thread.run_sync(self._files.forget_maps)
             raise
         except (SnapshotGoneError, ReferenceLostError) as error:
-            await self._abandon(entry, str(error), None)
+            await self._abandon(entry, str(error), None, raised=True)
             raise
         return Outcome(await self._committed(entry, answer), resumed, reason, self._resumed_bytes)
 
@@ -425,9 +477,22 @@ class Pusher:
         await journal.settle(self._log, self._vm.vm)
         await trio.to_thread.run_sync(self._files.end, entry)
 
-    async def _abandon(self, entry: PushEntry, reason: str, connection: Connection | None) -> None:
-        """Give a push up: told to the receiver if it can be, then our event, then what the source made."""
-        _logger.warning("the push to point %d is given up: %s", entry.point, reason)
+    async def _abandon(
+        self,
+        entry: PushEntry,
+        reason: str,
+        connection: Connection | None,
+        *,
+        raised: bool = False,
+    ) -> None:
+        """Give a push up: told to the receiver if it can be, then our event, then what the source made.
+
+        ``raised``: the reason is an error that goes on to the caller, who tells it once.
+        """
+        if raised:
+            _logger.info("the push to point %d is given up", entry.point)
+        else:
+            _logger.warning("the push to point %d is given up: %s", entry.point, reason)
         if connection is not None:
             abandon = m.Abandon(self._vm.vm, entry.push_id, reason[:1000])
             state = await connection.ask(abandon, m.VmState)

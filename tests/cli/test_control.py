@@ -197,10 +197,13 @@ BAD = {
     "map_faults": ["level 1 page 0"],
 }
 TESTED = {
-    "vm": "web", "point": 2, "clone": "c1", "booted": True, "console": "login:", "console_s": 4.25, "reason": None,
+    "vm": "web", "point": 2, "clone": "c1", "running": True, "booted": True, "console": "login:", "console_s": 4.25, "reason": None,
     "disks": [{"disk": "disk-0", "size": 1024, "nbd": "/run/a.sock", "overlay": "/work/a.qcow2"}],
 }  # fmt: skip
-UNBOOTED = {**TESTED, "booted": False, "console": None, "console_s": None, "reason": "no QEMU here"}
+UNBOOTED = {
+    **TESTED, "running": False, "booted": False, "console": None, "console_s": None, "reason": "no QEMU here",
+}  # fmt: skip
+SILENT = {**UNBOOTED, "running": True, "reason": "nothing on its serial console within 60 s"}
 
 
 async def ask(
@@ -240,6 +243,11 @@ async def test_verify_of_a_damaged_point_fails_and_names_the_place(
     assert request == ["/v1/vms/web/verify", {"point": 3}]
 
 
+async def test_one_finding_is_one(tmp_path: Path, replctl: Replctl) -> None:
+    done, _ = await ask(tmp_path, replctl, {**BAD, "map_faults": []}, "verify", "web")
+    assert done.err.endswith("is damaged (1 finding)\n")
+
+
 async def test_failover_test_tells_steps_and_the_first_console_line(
     tmp_path: Path, replctl: Replctl
 ) -> None:
@@ -257,6 +265,14 @@ async def test_failover_test_tells_steps_and_the_first_console_line(
 async def test_failover_test_without_a_boot_says_why(tmp_path: Path, replctl: Replctl) -> None:
     done, _ = await ask(tmp_path, replctl, UNBOOTED, "failover", "test", "web")
     assert "not booted: no QEMU here" in done.out
+
+
+async def test_failover_test_of_a_silent_guest_says_that_it_runs(
+    tmp_path: Path, replctl: Replctl
+) -> None:
+    done, _ = await ask(tmp_path, replctl, SILENT, "failover", "test", "web")
+    assert done.code == 0
+    assert "running, but nothing on its serial console within 60 s\n" in done.out
 
 
 async def test_failover_undo(tmp_path: Path, replctl: Replctl) -> None:

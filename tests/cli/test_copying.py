@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -150,10 +151,32 @@ def test_what_is_there_is_replaced_only_by_force(tmp_path: Path) -> None:
         check_target(target, force=False)
     check_target(target, force=True)
     assert target.read_text() == "mine"
-    with pytest.raises(UsageError, match="it is a directory"):
-        check_target(tmp_path, force=True)
     with pytest.raises(UsageError, match="is not a directory"):
         check_target(target / "x", force=True)
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_only_a_regular_file_is_ever_replaced(tmp_path: Path, force: bool) -> None:
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "link").symlink_to("file")
+    (tmp_path / "dangling").symlink_to("nowhere")
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    partial_path(tmp_path / "new").symlink_to("file")
+    before = sorted(names(tmp_path))
+    cases = {
+        "link": "link is a symbolic link",
+        "dangling": "dangling is a symbolic link",
+        "pipe": "pipe is a pipe",
+        "folder": "folder is a directory",
+        "new": "new.partial is a symbolic link",
+    }
+    for name, reason in cases.items():
+        with pytest.raises(UsageError, match=f"{reason}; only a regular file can be replaced"):
+            check_target(tmp_path / name, force=force)
+    with pytest.raises(UsageError, match="/dev/null is a device or a socket; only"):
+        check_target(Path("/dev/null"), force=force)
+    assert sorted(names(tmp_path)) == before
 
 
 @pytest.mark.parametrize("text", ["0", "disk-0", "disk-00"])

@@ -178,7 +178,7 @@ async def test_a_guest_that_does_not_speak_is_reported_and_ends_with_the_undo(
         before = children()
         result = await manager.start_test(fixture.store, None, no_steps)
         assert (result["booted"], result["console"], result["console_s"]) == (False, None, None)
-        assert result["reason"] == "nothing on the serial console within 2 s"
+        assert result["reason"] == "nothing on its serial console within 2 s"
         assert children() - before, "the machine runs on, to be looked at"
         await manager.undo_test(fixture.store, no_steps)
         assert children() == before

@@ -162,7 +162,7 @@ async def test_the_machine_dies_with_the_receiver_and_a_new_one_takes_up_the_clo
         report = manager.report(fixture.store)
         assert report is not None
         assert not report["booted"]
-        assert report["reason"] == "the receiver was restarted: undo, or test again"
+        assert report["reason"] == "the receiver was restarted: undo, or undo and test again"
         disk = report["disks"][0]
         assert await disk_sha256(disk["nbd"], "disk-0") == content.sha256()
         assert contents(disk["overlay"])
