@@ -128,6 +128,7 @@ class ProtectedVm(Aggregate):
 
         def apply(self, aggregate: ProtectedVm) -> None:
             aggregate.abandoned = self.reason
+            aggregate.abandoned_point = max(aggregate.abandoned_point, self.point)
             aggregate.abandoned_push = self.push_id
 
     class TestStarted(Event):
@@ -199,6 +200,9 @@ class ProtectedVm(Aggregate):
         self.test: TestClone | None = None
         self.tracking_lost: str | None = None
         self.abandoned: str | None = None
+        self.abandoned_point = (
+            0  # the greatest that was given up: the receiver may have it all the same
+        )
         self.abandoned_push: str | None = None
 
     @classmethod

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import socket
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from typing import TypeVar
@@ -178,13 +180,15 @@ def _why(error: BaseException) -> str:
     """Why no connection could be made, for people: what the attempts failed of, each reason once."""
     if isinstance(error, trio.TooSlowError):
         return f"no answer within {CONNECT_S} s"
-    reasons = dict.fromkeys(
-        leaf.strerror or str(leaf) or type(leaf).__name__
-        if isinstance(leaf, OSError)
-        else str(leaf) or type(leaf).__name__
-        for leaf in _attempts(error)
-    )
-    return ", ".join(reasons)
+    return ", ".join(dict.fromkeys(_reason(attempt) for attempt in _attempts(error)))
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, socket.gaierror):
+        return error.strerror or str(error)
+    if isinstance(error, OSError) and error.errno is not None:
+        return os.strerror(error.errno)  # trio's own text repeats the address
+    return str(error) or type(error).__name__
 
 
 def _attempts(error: BaseException) -> Iterator[BaseException]:

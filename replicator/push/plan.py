@@ -100,7 +100,7 @@ def plan(local: Local, remote: VmState, want: Want) -> Action:
             PushKind.CYCLE, at.number + 1, at.number, at.root, "changes since the last point"
         )
     if want is Want.RUN:
-        return _seed(local, remote)
+        return _seed_unasked(local, remote)
     if remote.newest is None:
         return Refuse("the receiver has no point of this VM: run replctl seed first")
     return Refuse(f"{_why_apart(local, remote)}: run replctl seed")
@@ -120,6 +120,16 @@ def _plan_unfinished(unfinished: Unfinished, remote: VmState) -> Action:
     )
 
 
+def _seed_unasked(local: Local, remote: VmState) -> Action:
+    """A seed that nobody asked for, unless the receiver is ahead: then this may not be the VM's source."""
+    if remote.newest is not None and remote.newest.number > local.last:
+        return Refuse(
+            f"the receiver has point {remote.newest.number}, which this side never pushed: another host pushes this"
+            " VM, or this side lost its state; if this is the source, run replctl seed"
+        )
+    return _seed(local, remote)
+
+
 def _seed(local: Local, remote: VmState, reason: str | None = None) -> Start:
     number = remote.newest.number if remote.newest is not None else 0
     point = max(number, local.last) + 1
@@ -131,7 +141,7 @@ def _why_apart(local: Local, remote: VmState) -> str:
         lost = "" if local.newest is None else " any more"
         return f"the receiver has no point of this VM{lost}"
     if local.newest is None:
-        return f"this side has no log of point {remote.newest.number}, the receiver's newest"
+        return f"this side has no log or no maps of point {remote.newest.number}, the receiver's newest"
     return (
         f"the two sides differ: point {local.newest.number} was the last here,"
         f" {remote.newest.number} is the newest there"

@@ -224,7 +224,7 @@ class Pusher:
             else:
                 _logger.error("%s: the map of %s is lost or damaged", self._name, misfit)
         unfinished = entry.unfinished() if entry is not None else None
-        last = newest.number if newest is not None else 0
+        last = max(newest.number if newest is not None else 0, self._vm.abandoned_point)
         return Local(reference, self._vm.epoch, unfinished, last)
 
     async def _start(self, connection: Connection, start: Start) -> Outcome:

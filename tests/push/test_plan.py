@@ -33,7 +33,11 @@ NOTHING_THERE = "the receiver has no point of this VM"
 CYCLE = Start(PushKind.CYCLE, 4, 3, P3.root, "changes since the last point")
 FIRST = Start(PushKind.SEED, 1, 0, None, NOTHING_THERE)
 APART = "the two sides differ: point 4 was the last here, 3 is the newest there"
-NO_LOG = "this side has no log of point 3, the receiver's newest"
+NO_LOG = "this side has no log or no maps of point 3, the receiver's newest"
+NOT_OURS = (
+    "the receiver has point {}, which this side never pushed: another host pushes this VM, or this side lost its"
+    " state; if this is the source, run replctl seed"
+)
 
 #: Newest here, newest there, what was asked for, what is done. Nothing unfinished, epochs the same.
 CASES: list[tuple[PointRef | None, PointRef | None, Want, Action]] = [
@@ -52,24 +56,31 @@ CASES: list[tuple[PointRef | None, PointRef | None, Want, Action]] = [
         ),
     ),
     (P3, P3, Want.SEED_AGAIN, Start(PushKind.SEED, 4, 3, None, "asked for once more")),
-    (P4, P3, Want.SEED_AGAIN, Start(PushKind.SEED, 4, 3, None, APART)),
-    (P3, None, Want.RUN, Start(PushKind.SEED, 1, 0, None, f"{NOTHING_THERE} any more")),
+    (P4, P3, Want.SEED_AGAIN, Start(PushKind.SEED, 5, 3, None, APART)),
+    (P3, None, Want.RUN, Start(PushKind.SEED, 4, 0, None, f"{NOTHING_THERE} any more")),
     (P3, None, Want.PUSH, Refuse(f"{NOTHING_THERE}: run replctl seed first")),
-    (None, P3, Want.RUN, Start(PushKind.SEED, 4, 3, None, NO_LOG)),
+    (None, P3, Want.RUN, Refuse(NOT_OURS.format(3))),
+    (P3, P4, Want.RUN, Refuse(NOT_OURS.format(4))),
     (None, P3, Want.SEED, Start(PushKind.SEED, 4, 3, None, NO_LOG)),
     (None, P3, Want.PUSH, Refuse(f"{NO_LOG}: run replctl seed")),
-    (P4, P3, Want.RUN, Start(PushKind.SEED, 4, 3, None, APART)),
+    (P4, P3, Want.RUN, Start(PushKind.SEED, 5, 3, None, APART)),
     (P4, P3, Want.PUSH, Refuse(f"{APART}: run replctl seed")),
 ]
 
 
 @pytest.mark.parametrize(("here", "there", "want", "expected"), CASES)
 def test_plan(here: PointRef | None, there: PointRef | None, want: Want, expected: Action) -> None:
-    assert plan(Local(here, 1, None), VmState(there, 1, None), want) == expected
+    local = Local(here, 1, None, here.number if here is not None else 0)
+    assert plan(local, VmState(there, 1, None), want) == expected
+
+
+def test_a_source_whose_maps_are_lost_seeds_by_itself() -> None:
+    action = plan(Local(None, 1, None, 3), VmState(P3, 1, None), Want.RUN)
+    assert action == Start(PushKind.SEED, 4, 3, None, NO_LOG)
 
 
 def test_the_same_number_with_other_content_is_another_point() -> None:
-    action = plan(Local(P3, 1, None), VmState(OTHER3, 1, None), Want.RUN)
+    action = plan(Local(P3, 1, None, 3), VmState(OTHER3, 1, None), Want.RUN)
     assert isinstance(action, Start)
     assert (action.kind, action.point, action.parent) == (PushKind.SEED, 4, 3)
 
