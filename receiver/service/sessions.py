@@ -126,6 +126,8 @@ class PushServer:
         if store is None or self._told_names.get(vm, store.vm.name) == name:
             return
         self._told_names[vm] = name
+        if name == store.vm.name:
+            return
         _logger.warning(
             "%s: the source calls this VM %s now; it keeps the name that it was seeded with here",
             store.vm.name,

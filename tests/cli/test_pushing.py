@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ import trio.testing
 
 from receiver.daemon import run_receiver
 from replicator.cli.pushing import cycles, is_fenced
+from replicator.cli.showing import source_warnings
 from replicator.config import check
 from replicator.domain.failover import Command, State, decide
 from replicator.domain.model import PushKind
@@ -35,9 +37,10 @@ from replicator.errors import (
 )
 from replicator.push.connection import ConnectionLostError
 from replicator.push.plan import Local, Refuse, Want, plan
+from replicator.push.trouble import Trouble
 from replicator.wire.messages import VmState
-from tests.cli.conftest import KEY, Replctl, source_values, write_config
-from tests.cli.test_json_contract import VM, keeps_promise, promised
+from tests.cli.conftest import KEY, Done, Replctl, source_values, write_config
+from tests.cli.test_json_contract import VM, S, keeps_promise, point, promised
 
 FENCED = PeerRefusedError("stale-epoch", "the VM is in epoch 2")
 
@@ -182,6 +185,51 @@ async def test_a_seed_a_push_and_what_both_sides_show_of_them(
         result = await at(receiver, "verify", "web")
         assert result.keys() == promised("VerifyResult").keys()
         assert (result["point"], result["good"], result["damages"]) == (2, True, [])
+
+
+async def test_status_of_a_source_whose_receiver_is_gone(tmp_path: Path, replctl: Replctl) -> None:
+    async with two_sites(tmp_path) as (source, _):
+
+        async def told(*words: str) -> Done:
+            return await trio.to_thread.run_sync(lambda: replctl("--config", source, *words))
+
+        for command in ("seed", "push", "push"):
+            assert (await told(command)).code == 0
+    (status,) = (await told("--json", "status")).json
+    assert status["warnings"] == []
+    for _ in range(2):
+        assert (await told("push")).code == 1
+    (status,) = (await told("--json", "status")).json
+    (warning,) = status["warnings"]
+    assert re.fullmatch(
+        r"the last 2 attempts at a cycle failed, since \S+Z: cannot reach the receiver at"
+        r" 127\.0\.0\.1:\d+: Connection refused",
+        warning,
+    )
+    # The newest events, and a line that says that these are not all.
+    done = await told("--json", "history", "web", "--limit", "2")
+    assert [event["id"] for event in done.json] == [3, 4]
+    assert done.err == (
+        "2 earlier events are left out: --limit shows more, --since-id 0 begins with the first\n"
+    )
+    done = await told("--json", "history", "web", "--since-id", "1", "--limit", "2")
+    assert [event["id"] for event in done.json] == [2, 3]
+    assert done.err == "later events are left out: --since-id 3 goes on with them\n"
+    assert (await told("history", "web")).err == ""
+
+
+def test_a_newest_point_that_is_too_old_is_a_warning() -> None:
+    newest = point(1, PushKind.SEED)
+    taken = newest.taken_at_us
+    assert source_warnings(None, None, taken, 300) == []
+    assert source_warnings(newest, None, taken + 600 * S, 300) == []
+    assert source_warnings(newest, None, taken + 601 * S, 300) == [
+        "no new recovery point for 10 min 1 s, push_interval is 300 s"
+    ]
+    once = Trouble(taken, taken, "QEMU is gone", 1)
+    assert source_warnings(newest, once, taken, 300) == [
+        "the last cycle failed, at 2023-11-14T22:13:20.000Z: QEMU is gone"
+    ]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -7,7 +7,8 @@ import random
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import trio
@@ -15,6 +16,7 @@ import trio
 from receiver.failover.clone import CloneManager
 from receiver.service.control import ControlApi, _while_running
 from receiver.service.http import NotFoundError
+from replicator.domain import model
 from replicator.errors import RefusedError, UsageError
 from tests.sites import receiver_site, source_site
 
@@ -55,6 +57,42 @@ async def test_status_points_and_history(tmp_path: Path) -> None:
         assert {"registered", "seed-committed", "cycle-committed", "delta-applied"} == set(kinds)
         (some,) = await ask(api, "GET", "/v1/vms/web/history?after=1&limit=2")
         assert some["events"] == all_["events"][1:3]
+
+
+async def test_history_is_the_newest_unless_it_is_paged(tmp_path: Path) -> None:
+    async with control(tmp_path) as api:
+        (all_,) = await ask(api, "GET", "/v1/vms/web/history")
+        ids = [event["id"] for event in all_["events"]]
+        assert (ids, all_["more"]) == (list(range(1, len(ids) + 1)), False)
+        for query, expected, more in (
+            ("limit=2", ids[-2:], True),
+            (f"limit={len(ids)}", ids, False),
+            ("after=0&limit=2", ids[:2], True),
+            (f"after={len(ids) - 2}&limit=2", ids[-2:], False),
+        ):
+            (page,) = await ask(api, "GET", f"/v1/vms/web/history?{query}")
+            assert [event["id"] for event in page["events"]] == expected, query
+            assert page["more"] is more, query
+
+
+async def test_status_warns_of_a_test_clone_and_of_one_that_does_not_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with control(tmp_path) as api:
+        store = api._stores.find("web")
+        async with store.changing() as vm:
+            vm.start_test(model.TestClone("c1", 1, 1_700_000_000_000_000))
+        kept = (
+            "test clone c1 of point 1 since 2023-11-14T22:13:20.000Z:"
+            " it keeps point 1 and all later ones from being released"
+        )
+        dead = "the clone's machine is not running: undo, or undo and test again"
+        (status,) = await ask(api, "GET", "/v1/status")
+        assert status["vms"][0]["warnings"] == [kept, dead]
+        running = SimpleNamespace(running=True)
+        monkeypatch.setitem(cast("dict[Any, Any]", api._clones._clones), store.uuid, running)
+        (status,) = await ask(api, "GET", "/v1/status")
+        assert status["vms"][0]["warnings"] == [kept]
 
 
 async def test_verify_says_how_far_it_is_and_what_it_found(tmp_path: Path) -> None:
