@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import secrets
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,8 @@ SOCKET_PATH_MAX = 107
 _FAILURES_MAX = 64
 #: Grains reported by one export; after that the disk is simply bad.
 _REPORTS_MAX = 1000
+#: For failed reads that are left to look into when an export ends. Seconds.
+_FINISH_S = 10
 
 
 def socket_path(run_dir: Path, name: str) -> Path:
@@ -89,8 +91,11 @@ async def serve_disk(
 
     Raises DamageError if the disk cannot be opened, StateError if the socket cannot be made.
     """
-    async with store.open_disk(point, disk) as view, flat_nursery() as nursery:
-        reporter = _Reporter(store, point, disk, view)
+    async with (
+        store.open_disk(point, disk) as view,
+        _Reporter(store, point, disk, view).finishing() as reporter,
+        flat_nursery() as nursery,
+    ):
         nursery.start_soon(reporter.run)
         await nursery.start(partial(serve_nbd, socket, {disk.disk: view}, on_error=reporter.failed))
         yield
@@ -106,6 +111,7 @@ class _Reporter:
         self._disk = disk
         self._view = view
         self._reported: set[int] = set()
+        self._current: tuple[int, int] | None = None  # being looked into
         self._send, self._receive = trio.open_memory_channel[tuple[int, int]](_FAILURES_MAX)
 
     def failed(self, export: str, offset: int, length: int, error: Exception) -> None:
@@ -125,13 +131,31 @@ class _Reporter:
 
     async def run(self) -> None:
         """Until cancelled. What cannot be recorded is logged."""
-        async for offset, length in self._receive:
-            try:
-                damages = await self._damages(offset, length)
-                await self._store.report_damage(damages)
-                self._reported.update(damage.offset // self._view.grain for damage in damages)
-            except (OSError, ReplicatorError, PersistenceError) as error:
-                _logger.error("%s: damage could not be recorded: %s", self._where, error)
+        async for failure in self._receive:
+            self._current = failure
+            await self._look_into(failure)
+            self._current = None
+
+    @asynccontextmanager
+    async def finishing(self) -> AsyncIterator[_Reporter]:
+        """Looks into what is left at the end: a client that gives up at the first error must not hide it."""
+        try:
+            yield self
+        finally:
+            with trio.move_on_after(_FINISH_S, shield=True), self._receive:
+                if self._current is not None:
+                    await self._look_into(self._current)
+                with suppress(trio.WouldBlock):
+                    while True:
+                        await self._look_into(self._receive.receive_nowait())
+
+    async def _look_into(self, failure: tuple[int, int]) -> None:
+        try:
+            damages = await self._damages(*failure)
+            await self._store.report_shared_damage(damages)
+            self._reported.update(damage.offset // self._view.grain for damage in damages)
+        except (OSError, ReplicatorError, PersistenceError) as error:
+            _logger.error("%s: damage could not be recorded: %s", self._where, error)
 
     async def _damages(self, offset: int, length: int) -> list[Damage]:
         grain = self._view.grain

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
 """Writing a committed delta into the replica, and saving what it overwrites first. All functions block.
 
+What is overwritten is held against the replica's map. A grain that is not what was recorded is saved with the digest that
+was, so that the points that need it go on failing at exactly this grain, instead of reading as something else.
+
 Each step can be repeated after a crash: a reverse delta is built beside its name and renamed when it is durable, and is
 never built again once its name exists, because then the replica may hold new content already.
 """
@@ -16,10 +19,12 @@ from receiver.store.layout import VmPaths
 from receiver.store.maps import remake_replica_map, update_map
 from receiver.store.view import Replica, Shape
 from replicator import durable
+from replicator.disk import Extent
 from replicator.domain.model import PointDisk
+from replicator.domain.vm import DAMAGES_MAX
 from replicator.errors import DamageError, StateError
-from replicator.phcbt.encode import StreamWriter, encode_chunk
-from replicator.phcbt.format import StreamHeader
+from replicator.phcbt.encode import StreamWriter, encode_chunk, encode_data
+from replicator.phcbt.format import EncodedRecord, StreamHeader
 from replicator.phcbt.read import StoredDelta
 
 #: Old content is stored lightly compressed: it is read rarely, and must not slow the apply down.
@@ -36,17 +41,28 @@ class Overwritten:
     next_point: int
 
 
-def build_reverse(paths: VmPaths, forward: Path, going: Overwritten) -> Path:
-    """Save, durably, what ``forward`` will overwrite of the replica; returns the reverse delta's path."""
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """A reverse delta, and the ranges of the disk in it that were damaged in the replica already (a bounded number)."""
+
+    path: Path
+    damaged: list[Extent]
+
+
+def build_reverse(paths: VmPaths, forward: Path, going: Overwritten) -> Saved:
+    """Save, durably, what ``forward`` will overwrite of the replica. Raises PhcbtError, DamageError for ``forward``."""
     old = going.disk
     target = paths.reverse(going.point, old)
+    damaged: list[Extent] = []
     if target.exists():
-        return target
+        return Saved(target, damaged)
     durable.make_dir(paths.point(going.point))
     partial = target.with_suffix(".building")
     delta = StoredDelta(forward)
-    replica = Replica(paths.replica(old), None)
+    replica = Replica(paths.replica(old), paths.replica_map(old))
     try:
+        if replica.map is not None and replica.map.point != going.point:
+            replica.forget_map()  # of another point, it says nothing of this content
         header = StreamHeader(
             vm=going.vm,
             disk_id=old.disk,
@@ -60,13 +76,44 @@ def build_reverse(paths: VmPaths, forward: Path, going: Overwritten) -> Path:
         )
         with durable.DurableFile(partial, create=True) as file:
             file.truncate(0)
-            _write_stream(file, StreamWriter(header), _old_content(delta, header, replica))
+            _write_stream(file, StreamWriter(header), _old_records(delta, header, replica, damaged))
             file.sync()
     finally:
         replica.close()
         delta.close()
     durable.rename(partial, target)
-    return target
+    return Saved(target, damaged)
+
+
+def _old_records(
+    delta: StoredDelta, header: StreamHeader, replica: Replica, damaged: list[Extent]
+) -> Iterator[EncodedRecord]:
+    """The records of a reverse delta; damaged grains stand alone, so that they cost no other, and go into ``damaged``."""
+    grain, size = header.grain, header.digest_size
+    for offset, plain in _old_content(delta, header, replica):
+        first = offset // grain
+        differing = replica.differing(first, header.algorithm.digest_grains(plain, grain))
+        known = replica.known(first, header.grains(len(plain))) if differing else None
+        done = 0
+        for number in differing:
+            assert known is not None
+            at = (number - first) * grain
+            if at > done:
+                yield from encode_chunk(header, offset + done, plain[done:at], _REVERSE_LEVEL)
+            done = min(at + grain, len(plain))
+            digest = known[(number - first) * size : (number - first + 1) * size]
+            yield encode_data(header, offset + at, plain[at:done], None, digest)
+            _note(damaged, Extent(offset + at, done - at))
+        if done < len(plain):
+            yield from encode_chunk(header, offset + done, plain[done:], _REVERSE_LEVEL)
+
+
+def _note(damaged: list[Extent], found: Extent) -> None:
+    """Neighbours are one; past the bound nothing is added, since nothing more would be recorded of the point."""
+    if damaged and damaged[-1].end == found.offset:
+        damaged[-1] = Extent(damaged[-1].offset, damaged[-1].length + found.length)
+    elif len(damaged) < DAMAGES_MAX:
+        damaged.append(found)
 
 
 def _old_content(
@@ -82,12 +129,11 @@ def _old_content(
 
 
 def _write_stream(
-    file: durable.DurableFile, writer: StreamWriter, chunks: Iterator[tuple[int, bytes]]
+    file: durable.DurableFile, writer: StreamWriter, records: Iterator[EncodedRecord]
 ) -> None:
     position = _put(file, 0, [writer.start()])
-    for offset, plain in chunks:
-        for record in encode_chunk(writer.header, offset, plain, _REVERSE_LEVEL):
-            position = _put(file, position, writer.add(record))
+    for record in records:
+        position = _put(file, position, writer.add(record))
     _put(file, position, [writer.finish()])
 
 

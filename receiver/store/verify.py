@@ -72,10 +72,9 @@ async def verify_point(
                 map_faults=result.map_faults + found.map_faults,
             )
             done += disk.size
-        async with store.changing() as vm:
-            for damage in result.damages:
-                vm.damaged(damage)
-            if result.good:
+        await store.report_shared_damage(result.damages)
+        if result.good:
+            async with store.changing() as vm:
                 vm.point_verified(point.number, result.bytes_read)
     return result
 

@@ -4,6 +4,10 @@
 The first delta in the stack that holds a grain wins; what none holds comes from the replica, or is zero. A view that is
 open stays exact while the replica moves on: before a delta is applied, every view that needs the old content gains the
 reverse delta at the bottom of its stack, at a moment when no read is under way (``Gate``).
+
+What is read is verified: a delta's grains by the delta's digests, the replica's by its map. An apply changes digests of
+the map only for grains that the delta touches, and those come from the stack of every view for as long as it goes on;
+so the digests of all others hold at any moment, also after a crash between the replica's content and its map.
 """
 
 from __future__ import annotations
@@ -11,7 +15,7 @@ from __future__ import annotations
 import errno
 import heapq
 import os
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +24,7 @@ import trio
 
 from replicator.disk import Extent
 from replicator.errors import DamageError, StateError
-from replicator.imagemap import ImageMap
+from replicator.imagemap import FANOUT, ImageMap
 from replicator.phcbt.format import Algorithm, Kind, StreamHeader
 from replicator.phcbt.read import StoredDelta
 
@@ -92,7 +96,7 @@ class Replica:
                 self.map = ImageMap.open(map_path)
 
     def read(self, offset: int, length: int) -> bytes:
-        """Bytes at ``offset``; past the end of the file there are zeros. Blocks."""
+        """Bytes at ``offset`` as they lie there, unverified; past the end of the file there are zeros. Blocks."""
         data = os.pread(self.fd, length, offset)
         while len(data) < length:
             more = os.pread(self.fd, length - len(data), offset + len(data))
@@ -100,6 +104,58 @@ class Replica:
                 return data + bytes(length - len(data))
             data += more
         return data
+
+    def known(self, first: int, count: int) -> bytes | None:
+        """The map's digests of grains, zeros past its end; None if there is no map to be used. Blocks."""
+        if self.map is None:
+            return None
+        return _known_digests(self.map, first, first + count)
+
+    def differing(self, first: int, digests: bytes) -> list[int]:
+        """The grains from ``first`` on whose content, which has these digests, is not what the map says.
+
+        Where the map's own nodes say that the content is right and the map's digest wrong, the content is. Blocks.
+        """
+        known = self.known(first, len(digests) // self._digest_size) if self.map else None
+        if known is None or known == digests:
+            return []
+        size = self._digest_size
+        found = [
+            first + at // size
+            for at in range(0, len(digests), size)
+            if known[at : at + size] != digests[at : at + size]
+        ]
+        found = [
+            grain
+            for grain in found
+            if not self._digest_fits(grain, digests[(grain - first) * size :][:size])
+        ]
+        wrong = {page for page in {g // FANOUT for g in found} if not self._content_fits(page)}
+        return [grain for grain in found if grain // FANOUT in wrong]
+
+    @property
+    def _digest_size(self) -> int:
+        return self.map.algorithm.digest_size if self.map is not None else 0
+
+    def _digest_fits(self, grain: int, digest: bytes) -> bool:
+        """Whether a page of the map fits its node if this digest is put in the place of the stored one."""
+        if self.map is None or grain >= self.map.grains:
+            return False
+        page, slot = divmod(grain, FANOUT)
+        digests = bytearray(_known_digests(self.map, page * FANOUT, (page + 1) * FANOUT))
+        digests[slot * len(digest) : (slot + 1) * len(digest)] = digest
+        return self.map.page_fits(page, bytes(digests))
+
+    def _content_fits(self, page: int) -> bool:
+        """Whether the content below a page of the map is what the page's node says. Reads 256 grains."""
+        if self.map is None or page * FANOUT >= self.map.grains:
+            return False
+        grain = self.map.grain
+        digests = [
+            self.map.algorithm.digest_grains(self.read(number * grain, grain), grain)
+            for number in range(page * FANOUT, min((page + 1) * FANOUT, self.map.grains))
+        ]
+        return self.map.page_fits(page, b"".join(digests))
 
     def extents(self, start: int, end: int) -> list[Extent]:
         """Up to a bounded number of ranges with data from ``start``. Blocks."""
@@ -119,11 +175,16 @@ class Replica:
             at = stop
         return found
 
+    def forget_map(self) -> None:
+        """Read without the map from now on."""
+        if self.map is not None:
+            self.map.close()
+            self.map = None
+
     def close(self) -> None:
         """Close the descriptors."""
         os.close(self.fd)
-        if self.map is not None:
-            self.map.close()
+        self.forget_map()
 
 
 class PointView:
@@ -144,6 +205,9 @@ class PointView:
         self.replica = replica
         self._gate = gate
         self._closed = False
+        # The grain of the replica verified last: small reads come in rows. It is only asked for while no delta holds
+        # it, so it has not changed since.
+        self._verified: tuple[int, bytes] | None = None
 
     @property
     def size(self) -> int:
@@ -151,7 +215,7 @@ class PointView:
         return self._size
 
     async def read(self, offset: int, length: int) -> bytes:
-        """Exactly ``length`` bytes. Raises DamageError or PhcbtError where a delta is not what it was."""
+        """Exactly ``length`` bytes, verified. Raises DamageError or PhcbtError where they are not what was recorded."""
         if offset < 0 or length < 0 or offset + length > self._size:
             raise ValueError(f"read of {length} bytes at {offset} of a disk of {self._size}")
         async with self._gate.shared():
@@ -160,16 +224,22 @@ class PointView:
     async def digest(self, offset: int, length: int) -> tuple[bytes, list[int]]:
         """The digests of whole grains as they read now, and the numbers of those that the replica's map has otherwise.
 
-        What a delta holds is held against the delta's own digests by reading it. Raises as ``read``.
+        For verification: what comes from the replica is read as it lies there, for the caller to judge. What a delta
+        holds is held against the delta's own digests by reading it. Raises as ``read`` does for that.
         """
         async with self._gate.shared():
             return await trio.to_thread.run_sync(self._digest, offset, length)
 
     def _read(self, offset: int, length: int) -> bytes:
-        return self._read_over(offset, length)[0]
+        start = offset - offset % self.grain
+        end = min(offset + length + -(offset + length) % self.grain, self._size)
+        found, _ = self._read_over(start, end - start, self._from_replica)
+        return found[offset - start : offset - start + length]
 
-    def _read_over(self, offset: int, length: int) -> tuple[bytes, list[tuple[int, int]]]:
-        """The bytes, and the ranges (offset, length) of them that no delta holds."""
+    def _read_over(
+        self, offset: int, length: int, read: Callable[[int, int], bytes | int]
+    ) -> tuple[bytes, list[tuple[int, int]]]:
+        """The bytes, and the ranges (offset, length) of them that no delta holds, which ``read`` reads."""
         self._check_open()
         gaps = [(offset, length)]
         pieces: list[tuple[int, bytes | int]] = []
@@ -178,7 +248,7 @@ class PointView:
             if not gaps:
                 break
         for at, count in gaps:
-            pieces.append((at, self.replica.read(at, count) if self.replica else count))
+            pieces.append((at, read(at, count)))
         if len(pieces) == 1 and isinstance(pieces[0][1], bytes):
             return pieces[0][1], gaps
         data = bytearray(length)
@@ -187,8 +257,50 @@ class PointView:
                 data[at - offset : at - offset + len(piece)] = piece
         return bytes(data), gaps
 
+    def _unverified(self, offset: int, length: int) -> bytes | int:
+        return self.replica.read(offset, length) if self.replica is not None else length
+
+    def _from_replica(self, offset: int, length: int) -> bytes | int:
+        """Verified content of what no delta holds: whole grains, but for the disk's last, and for the rest of a first
+        that a delta holds up to where the disk ended then: nothing was ever written there.
+        """
+        if self.replica is None:
+            return length
+        rest = min(-offset % self.grain, length)
+        head = self.replica.read(offset, rest)
+        if any(head):
+            raise self._damaged(offset - offset % self.grain)
+        if rest == length:
+            return head
+        first, end = (offset + rest) // self.grain, offset + length
+        plain = self._grains(self.replica, first, -(-end // self.grain) - first)
+        if len(plain) == length:
+            return plain
+        return head + plain[: length - rest]
+
+    def _grains(self, replica: Replica, first: int, count: int) -> bytes:
+        """Whole grains, also where this view ends inside the last."""
+        verified = self._verified
+        if count == 1 and verified is not None and verified[0] == first:
+            return verified[1]
+        plain = replica.read(first * self.grain, count * self.grain)
+        if replica.map is not None:
+            differing = replica.differing(first, self.algorithm.digest_grains(plain, self.grain))
+            if differing:
+                raise self._damaged(differing[0] * self.grain)
+            if count == 1:
+                self._verified = (first, plain)
+        return plain
+
+    def _damaged(self, at: int) -> DamageError:
+        assert self.replica is not None
+        length = min(self.grain, self._size - at)
+        return DamageError(
+            f"{self.replica.path}: {length} bytes at disk byte {at} are not what was recorded"
+        )
+
     def _digest(self, offset: int, length: int) -> tuple[bytes, list[int]]:
-        plain, gaps = self._read_over(offset, length)
+        plain, gaps = self._read_over(offset, length, self._unverified)
         digests = self.algorithm.digest_grains(plain, self.grain)
         if self.replica is None or self.replica.map is None:
             return digests, []

@@ -20,7 +20,7 @@ from uuid import UUID
 import trio
 from eventsourcing.persistence import PersistenceError
 
-from receiver.store import apply, maps, recovery
+from receiver.store import apply, maps, recovery, sharing
 from receiver.store.admission import PushRefusedHereError, check_push, new_disks, new_point, no_base
 from receiver.store.files import stack_files
 from receiver.store.landing import Landing, remove_folder
@@ -37,6 +37,7 @@ from replicator.wire.messages import Finish, Open, PointRef
 _logger = logging.getLogger(__name__)
 #: Pause before an apply that failed is tried again, unless something happens earlier. Seconds.
 RETRY_S = 30
+_ROTTEN = "not what was recorded when the replica was read to be overwritten"
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +123,22 @@ class VmStore:
             async with self._log.change(self.uuid) as vm:
                 for damage in damages:
                     vm.damaged(damage)
+
+    async def report_shared_damage(self, damages: list[Damage]) -> None:
+        """The same, for every point that takes what is damaged from the same file, or that cannot be opened either."""
+        if not damages:
+            return
+        async with self._stacks:
+            shared = await trio.to_thread.run_sync(
+                sharing.find_shared, self.vm, self._open_view_only, self.paths.root, damages
+            )
+        async with self._log.change(self.uuid) as vm:
+            for damage in damages + shared:
+                if damage.point in vm.points:  # others are not held, and may have gone meanwhile
+                    vm.damaged(damage)
+
+    def _open_view_only(self, point: Point, disk: PointDisk) -> PointView:
+        return self._open_view(point, disk).view
 
     # Pushes
 
@@ -331,10 +348,17 @@ class VmStore:
             old = old_point.disk(disk.disk) if old_point is not None else None
             if old_point is not None and old is not None and old.since == disk.since:
                 going = apply.Overwritten(self.uuid, old, old_point.number, number)
-                reverse = await trio.to_thread.run_sync(
+                saved = await trio.to_thread.run_sync(
                     apply.build_reverse, self.paths, forward, going
                 )
-                await self._deepen(disk, old_point.number, reverse)
+                await self._deepen(disk, old_point.number, saved.path)
+                name = str(saved.path.relative_to(self.paths.root))
+                await self.report_shared_damage(
+                    [
+                        Damage(old_point.number, disk.disk, at.offset, at.length, name, _ROTTEN)
+                        for at in saved.damaged
+                    ]
+                )
             await trio.to_thread.run_sync(apply.write_replica, self.paths, forward, disk, number)
         async with (
             self._stacks

@@ -23,8 +23,11 @@ from replicator.imagemap.layout import (
     MapHeader,
     RebuiltNodes,
     StoredPages,
+    read_page,
 )
 from replicator.imagemap.tree import (
+    FANOUT,
+    NODE_SIZE,
     ZERO_NODE,
     Fold,
     PageStore,
@@ -32,11 +35,14 @@ from replicator.imagemap.tree import (
     check_shape,
     disk_root,
     grain_count,
+    node_of,
+    page_size,
     vm_root,
 )
 from replicator.phcbt.format import Algorithm, GrainRun
 
 __all__ = [
+    "FANOUT",
     "HEADER_LEVEL",
     "RUN_MAX",
     "Finding",
@@ -145,6 +151,19 @@ class ImageMap:
         return self._file.read_at(count * size, REGIONS[0] + first * size).ljust(
             count * size, b"\0"
         )
+
+    def page_fits(self, index: int, digests: bytes) -> bool:
+        """Whether the node above page ``index`` of 256 grains is that of these digests.
+
+        So a digest that does not fit a grain can be told from a grain that does not fit its digest.
+        """
+        page = digests.ljust(page_size(self.algorithm, 0), b"\0")
+        node = node_of(0, page)
+        if self._header.height == 1:
+            return node == self._header.top
+        above = read_page(self._file, self.algorithm, 1, index // FANOUT)
+        at = index % FANOUT * NODE_SIZE
+        return above[at : at + NODE_SIZE] == node
 
     def iter_nonzero_runs(self, start: int = 0) -> Iterator[GrainRun]:
         """The grains that are not zeros, from ``start`` on, ascending, in runs of at most RUN_MAX;

@@ -52,17 +52,23 @@ _compressors = _Compressors()
 
 
 def encode_data(
-    header: StreamHeader, offset: int, plain: Buffer, level: int | None
+    header: StreamHeader,
+    offset: int,
+    plain: Buffer,
+    level: int | None,
+    digests: bytes | None = None,
 ) -> EncodedRecord:
     """A data record for ``plain`` at disk byte ``offset``: digests, and zstd at ``level`` (None:
     never).
 
     What zstd does not make 1/16 smaller goes plain; zstd itself gives up on random data at several
     GB/s, so nothing is sampled first. ``plain`` is kept, not copied: it must not change afterwards.
+    ``digests``: what ``plain`` should have; if it has others, reading the record fails.
     ValueError if it cannot be a record. CPU-bound, 1 to 10 ms for 1 MiB; zstd works without the
     interpreter's lock.
     """
-    digests = header.algorithm.digest_grains(plain, header.grain)
+    if digests is None:
+        digests = header.algorithm.digest_grains(plain, header.grain)
     codec = Codec.NONE
     payload: bytes | memoryview = plain if isinstance(plain, bytes) else memoryview(plain)
     if level is not None:
