@@ -231,6 +231,8 @@ class PointView:
             return await trio.to_thread.run_sync(self._digest, offset, length)
 
     def _read(self, offset: int, length: int) -> bytes:
+        if not length:
+            return b""
         start = offset - offset % self.grain
         end = min(offset + length + -(offset + length) % self.grain, self._size)
         found, _ = self._read_over(start, end - start, self._from_replica)

@@ -115,3 +115,36 @@ async def test_a_read_that_fails_is_an_error_to_the_client_and_damage_in_the_log
             name = "points/2/disk-0.phcbt"
             assert found == [(2, "disk-0", g * GRAIN, GRAIN, name) for g in (3, 40)]
         await fixture.check_point(1)
+
+
+async def test_a_client_that_gives_up_at_once_does_not_hide_the_damage(state_dir: Path) -> None:
+    """In the replica, which both points read, and in a delta of which only one is made; nothing is waited for."""
+    first = noise(64 * GRAIN, 4)
+    second = noise(GRAIN, 5) + first[GRAIN:]
+    async with open_store(state_dir) as fixture:
+        store = fixture.store
+        await fixture.push({"disk-0": first})
+        await fixture.push({"disk-0": second})
+        await fixture.settle()
+        root = store.paths.root
+        for name, data in (
+            ("replica/disk-0.raw", first[30 * GRAIN :][:64]),
+            ("points/1/disk-0.rev.phcbt", first[:64]),
+        ):
+            raw = bytearray((root / name).read_bytes())
+            raw[raw.index(data)] ^= 1
+            (root / name).write_bytes(raw)
+        for point, offset in ((2, 30 * GRAIN + 512), (1, 0)):
+            async with (
+                export_disk(store, point, "disk-0", state_dir / "run") as export,
+                open_nbd(Path(export["socket"]), "disk-0") as client,
+            ):
+                with pytest.raises(NbdError) as failure:
+                    await client.read(offset, 512)
+                assert failure.value.code == errno.EIO
+        found = {(d.point, d.offset, d.length, d.file) for d in store.vm.damages}
+        assert found == {
+            (2, 30 * GRAIN, GRAIN, "replica/disk-0.raw"),
+            (1, 30 * GRAIN, GRAIN, "replica/disk-0.raw"),
+            (1, 0, GRAIN, "points/1/disk-0.rev.phcbt"),
+        }
