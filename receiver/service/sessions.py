@@ -104,11 +104,11 @@ class PushServer:
             try:
                 await session.run()
             except (WireError, trio.BrokenResourceError, trio.ClosedResourceError) as error:
-                _logger.warning("%s: session of %s ended: %s", host, session.whose, error)
+                _logger.warning("%s: session ended (%s): %s", host, session.whose, error)
             except (OSError, ReplicatorError, PersistenceError) as error:
-                _logger.error("%s: session of %s failed: %s", host, session.whose, error)
+                _logger.error("%s: session failed (%s): %s", host, session.whose, error)
             except Exception:  # a defect that one session meets must not end the others
-                _logger.exception("%s: session of %s failed", host, session.whose)
+                _logger.exception("%s: session failed (%s)", host, session.whose)
 
     def check_key(self, key: PreSharedKey, vm: UUID, name: str) -> None:
         """Raise PushRefusedHereError unless this key may push this VM.
