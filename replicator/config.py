@@ -145,7 +145,7 @@ def load(path: Path) -> Config:
     if len(text) > _FILE_SIZE_MAX:
         raise UsageError(f"configuration {path}: larger than {_FILE_SIZE_MAX} bytes")
     try:
-        values = parse_lines(text.decode())
+        values = parse_lines(text.decode("utf-8-sig"))
     except UnicodeDecodeError:
         raise UsageError(f"configuration {path}: not UTF-8 text") from None
     except UsageError as error:
@@ -191,6 +191,11 @@ def check(values: dict[str, str]) -> Config:
         _, _, where = str(error).partition(" - at `$.")
         key = where.rstrip("`")
         raise UsageError(f"{key}: expected {_allowed(key)}") from None
+    for key in ("dr_host", "dr_listen"):
+        try:
+            getattr(config, key).encode("idna")
+        except UnicodeError:
+            raise UsageError(f"{key}: expected a host name or an address") from None
     for key, what in _NOT_IN_THIS_VERSION.items():
         if getattr(config, key):
             raise UsageError(f"{key}: this version does not have {what} yet; remove the key")

@@ -12,6 +12,7 @@ from typing import Any
 
 import click
 import trio
+from eventsourcing.persistence import PersistenceError
 
 from replicator import __version__
 from replicator.cli.context import CliContext
@@ -161,7 +162,7 @@ async def cycles(push_one: Callable[[Want], Awaitable[object]], interval_s: floa
         started = trio.current_time()
         try:
             await push_one(Want.RUN)
-        except (ReplicatorError, OSError) as error:
+        except (ReplicatorError, PersistenceError, OSError) as error:
             if is_fenced(error):
                 raise
             _logger.error("this cycle failed: %s", explain(error).text)

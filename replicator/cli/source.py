@@ -13,9 +13,9 @@ from replicator.push.files import GRAIN
 from replicator.sources.base import Source
 from replicator.sources.image import ImageSource
 from replicator.sources.qemu import QemuSource
+from replicator.wire.messages import is_vm_name
 
 _GLOB = frozenset("*?[],")
-_NAME_LENGTH_MAX = 255
 
 
 def make_source(config: Config) -> Source:
@@ -51,7 +51,7 @@ def vm_name(config: Config) -> str | None:
     name = config.vm.strip()
     if name == "*":
         return None
-    if not name or not name.isprintable() or len(name) > _NAME_LENGTH_MAX or _GLOB & set(name):
+    if not name.isprintable() or not is_vm_name(name) or _GLOB & set(name):
         raise UsageError(f"vm: a source pushes one VM, {config.vm!r} is not one plain name")
     return name
 

@@ -33,6 +33,7 @@ from replicator.errors import (
     ReplicatorError,
     SnapshotGoneError,
     StateError,
+    UsageError,
     WireError,
 )
 from replicator.imagemap import vm_root
@@ -167,6 +168,10 @@ class Pusher:
 
     async def _prepare(self) -> None:
         identity = await self._source.identify()
+        if not m.is_vm_name(identity.name):
+            raise UsageError(
+                f"vm: {identity.name[:80]!r} cannot be the name of a VM (1 to 255 characters, no slash)"
+            )
         self._vm_id, self._name = identity.uuid, identity.name
         await self._log.register(identity.uuid, identity.name, "source")
         self._files = PushFiles(self._config, identity.uuid)

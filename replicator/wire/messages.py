@@ -181,6 +181,15 @@ class Data(msgspec.Struct, frozen=True):
     payload: memoryview | bytes
 
 
+def is_vm_name(name: str) -> bool:
+    """Whether a VM may be called this: what the other side would refuse is better refused here."""
+    try:
+        msgspec.convert(name, VmName)
+    except msgspec.ValidationError:
+        return False
+    return True
+
+
 def encode(message: Message) -> bytes:
     """The body of a control message."""
     return _encoder.encode(message)

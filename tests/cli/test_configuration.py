@@ -30,6 +30,8 @@ CASES: list[tuple[dict[str, object], str]] = [
     ({"dr_auth_token": "xyz" * 30}, r"dr_auth_token: .*hex digits"),
     ({"dr_auth_token": "/nonexistent/key"}, r"dr_auth_token: /nonexistent/key: No such file"),
     ({"dr_host": None}, r"dr_host: missing"),
+    ({"dr_host": "a..b"}, r"dr_host: expected a host name or an address$"),
+    ({"vm": "a/b"}, r"vm: a source pushes one VM, 'a/b' is not one plain name"),
     ({"vm": "*"}, r"vm: name the VM"),
     ({"vm": "web,db"}, r"vm: a source pushes one VM, 'web,db' is not one plain name"),
     ({"vm": "web-*"}, r"vm: a source pushes one VM"),
