@@ -31,13 +31,13 @@ from replicator.wire import messages as m
 from replicator.wire.framing import MessageStream
 from replicator.wire.keys import Keyring, PreSharedKey
 from replicator.wire.session import Phase, Session
-from replicator.wire.stream import accept_stream
+from replicator.wire.stream import AuthenticatedStream, accept_stream
 
 _logger = logging.getLogger(__name__)
 
 HANDSHAKE_S = 15
-#: Sessions that have not proved a key yet; further ones wait for a place.
-HANDSHAKES_MAX = 32
+#: Connections that have not proved a key yet; one more, and the oldest of them is dropped.
+HANDSHAKES_MAX = 128
 #: Bytes that land before they are made durable and acknowledged.
 ACK_BYTES = 16 << 20
 #: ... or this long after the first of them, so that a slow line is acknowledged too.
@@ -75,7 +75,8 @@ class PushServer:
     def __init__(self, stores: Stores, keyring: Keyring) -> None:
         self._stores = stores
         self._keyring = keyring
-        self._handshakes = trio.CapacityLimiter(HANDSHAKES_MAX)
+        #: Connections that have not proved a key yet, the oldest first.
+        self._strangers: dict[trio.SocketStream, trio.CancelScope] = {}
         self._active: dict[UUID, _Claim] = {}
         self._told_names: dict[UUID, str] = {}
 
@@ -91,13 +92,15 @@ class PushServer:
             _logger.debug("a connection was gone before it was looked at: %s", error)
             return
         try:
-            async with self._handshakes:
-                stream = await accept_stream(transport, self._keyring, deadline_s=HANDSHAKE_S)
+            stream = await self._authenticate(transport)
         except AuthenticationError as error:
             _logger.error("%s: %s", host, error)
             return
         except (WireError, trio.BrokenResourceError, OSError) as error:
             _logger.warning("%s: no session: %s", host, error)
+            return
+        if stream is None:
+            _logger.warning("%s: dropped before it proved a key: too many such connections", host)
             return
         async with MessageStream(stream, m.LIMITS) as framed:
             session = _PushSession(self, framed, stream.peer_key)
@@ -109,6 +112,21 @@ class PushServer:
                 _logger.error("%s: session failed (%s): %s", host, session.whose, error)
             except Exception:  # a defect that one session meets must not end the others
                 _logger.exception("%s: session failed (%s)", host, session.whose)
+
+    async def _authenticate(self, transport: trio.SocketStream) -> AuthenticatedStream | None:
+        """The session's stream, or None if this connection had to make room.
+
+        An honest source needs milliseconds: where many wait without a key, the one that has waited longest goes.
+        """
+        if len(self._strangers) >= HANDSHAKES_MAX:
+            self._strangers.pop(next(iter(self._strangers))).cancel()
+        scope = self._strangers[transport] = trio.CancelScope()
+        try:
+            with scope:
+                return await accept_stream(transport, self._keyring, deadline_s=HANDSHAKE_S)
+            return None
+        finally:
+            self._strangers.pop(transport, None)
 
     def check_key(self, key: PreSharedKey, vm: UUID, name: str) -> None:
         """Raise PushRefusedHereError unless this key may push this VM.

@@ -6,6 +6,8 @@ A refusal carries the protocol's code (docs/wire.md), by which the source choose
 
 from __future__ import annotations
 
+import logging
+
 from receiver.store.landing import Expected, Landing
 from receiver.store.layout import VmPaths
 from replicator.domain.model import Point, PointDisk, PushKind
@@ -14,6 +16,8 @@ from replicator.errors import DamageError, RefusedError, StateError
 from replicator.imagemap import ImageMap, RootBuilder, vm_root
 from replicator.phcbt.read import StoredDelta
 from replicator.wire.messages import Finish, Open, RefusalCode
+
+_logger = logging.getLogger(__name__)
 
 
 class PushRefusedHereError(RefusedError):
@@ -75,9 +79,14 @@ def _expect(vm: ProtectedVm, paths: VmPaths, opened: Open, index: int) -> Expect
 
 
 def no_base(error: Exception) -> PushRefusedHereError:
-    """A cycle cannot be checked against the newest point: the source has to send everything."""
+    """A cycle cannot be checked against the newest point: the source has to send everything.
+
+    What is wrong is for this side's log: it names a path.
+    """
+    _logger.error("%s", error)
     return PushRefusedHereError(
-        "root-mismatch", f"no cycle can build on the newest point: {error}; run replctl seed --again"
+        "root-mismatch",
+        "the map of the newest point is lost or damaged, no cycle can build on it; run replctl seed --again",
     )
 
 

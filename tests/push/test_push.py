@@ -8,7 +8,7 @@ import os
 import random
 import shutil
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -622,3 +622,23 @@ async def test_a_receiver_that_cannot_write(
         assert outcome.resumed
         assert outcome.resumed_bytes > 0
         await same_on_both_sides(rx, sx, 2)
+
+
+# Strangers at the door
+
+
+async def test_connections_without_a_key_do_not_keep_a_source_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sessions, "HANDSHAKES_MAX", 3)
+    async with pair(tmp_path) as (rx, _, sx), AsyncExitStack() as strangers:
+        held = []
+        for _ in range(8):
+            stranger = await trio.open_tcp_stream("127.0.0.1", rx.port)
+            held.append(await strangers.enter_async_context(stranger))
+            await stranger.send_all(b"RPLW")
+        # The oldest made room for the newer; the others are still waited for when the source comes.
+        with trio.fail_after(10):
+            assert await held[0].receive_some() == b""
+            await sx.push(Want.SEED)
+        await same_on_both_sides(rx, sx, 1)
