@@ -21,6 +21,8 @@ async def flat_nursery() -> AsyncIterator[trio.Nursery]:
     except BaseExceptionGroup as group:
         first, *others = sorted(_leaves(group), key=lambda error: isinstance(error, Exception))
         for other in others:
+            if (type(other), str(other)) == (type(first), str(first)):
+                continue  # several tasks met the same thing
             first.add_note(f"also: {type(other).__name__}: {other}")
         raise first from None
 

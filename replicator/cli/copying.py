@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import stat
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from pathlib import Path
 import trio
 
 from replicator import durable
-from replicator.errors import ReplicatorError, UsageError, WireError
+from replicator.errors import RefusedError, ReplicatorError, UsageError, WireError
 from replicator.nbd.client import NbdClient, open_nbd
 from replicator.nursery import flat_nursery
 
@@ -105,17 +106,40 @@ async def copy_disk(
 def _create(partial: Path, size: int, force: bool) -> durable.DurableFile:
     try:
         if force:
-            durable.unlink(partial)
+            _remove_leftover(partial)
         file = durable.DurableFile(partial, create=True, exclusive=True)
     except OSError as error:
         raise _cannot_write(partial, error) from error
     try:
+        _lock(file, partial)
         file.truncate(size)
+    except RefusedError:
+        file.close()
+        raise
     except OSError as error:
         file.close()
         durable.unlink(partial)
         raise _cannot_write(partial, error) from error
     return file
+
+
+def _remove_leftover(partial: Path) -> None:
+    """Unlink what an export left that is over; raises RefusedError if it is not."""
+    try:
+        leftover = durable.DurableFile(partial)
+    except FileNotFoundError:
+        return
+    with leftover:
+        _lock(leftover, partial)
+        durable.unlink(partial)
+
+
+def _lock(file: durable.DurableFile, partial: Path) -> None:
+    """Hold the file for as long as it is open: two exports to one file would mix."""
+    try:
+        fcntl.flock(file.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise RefusedError(f"another export is writing {partial}") from None
 
 
 async def _copy(nbd: NbdClient, file: durable.DurableFile, report: Callable[[int], None]) -> int:

@@ -17,7 +17,7 @@ from replicator import durable
 from replicator.cli.copying import check_target, copy_disk, partial_path
 from replicator.cli.receiving import disk_name
 from replicator.disk import DiskView, Extent
-from replicator.errors import ReplicatorError, UsageError, WireError
+from replicator.errors import RefusedError, ReplicatorError, UsageError, WireError
 from tests.cli.conftest import KEY, Replctl, write_config
 from tests.cli.fake_receiver import CHUNKED, chunk, fake_receiver
 
@@ -224,3 +224,33 @@ async def test_the_command_exports_while_its_request_is_open(
     }
     assert (tmp_path / "out.raw").read_bytes() == View().content
     assert fake.requests == [("POST", "/v1/vms/web/export", {"point": 4, "disk": "disk-0"})]
+
+
+async def test_a_second_copy_to_the_same_file_is_refused_even_by_force(tmp_path: Path) -> None:
+    target = tmp_path / "out.raw"
+    refused: list[RefusedError] = []
+
+    async def second() -> None:
+        try:
+            await copy_disk(tmp_path / "n.sock", "disk-0", SIZE, target, force=True, report=nothing)
+        except RefusedError as error:
+            refused.append(error)
+
+    async with served(tmp_path / "n.sock", View()), trio.open_nursery() as nursery:
+
+        def start_second(_: int) -> None:
+            if not refused and not nursery.child_tasks:
+                nursery.start_soon(second)
+
+        await copy_disk(
+            tmp_path / "n.sock", "disk-0", SIZE, target, force=False, report=start_second
+        )
+        while not refused:
+            await trio.lowlevel.checkpoint()
+    assert "another export is writing" in str(refused[0])
+    assert target.read_bytes() == View().content
+    # One that is over, however it ended, is in nobody's way.
+    partial_path(target).write_bytes(b"left over")
+    async with served(tmp_path / "n.sock", View()):
+        await copy_disk(tmp_path / "n.sock", "disk-0", SIZE, target, force=True, report=nothing)
+    assert names(tmp_path) == ["out.raw"]
