@@ -64,11 +64,10 @@ class ControlApi:
 
     def _status(self) -> dict[str, Any]:
         now_us = time.time_ns() // 1000
-        return {
-            "vms": [
-                vm_status(store.vm, now_us, self._warnings(store)) for store in self._stores.all
-            ]
-        }
+        vms = [vm_status(store.vm, now_us, self._warnings(store)) for store in self._stores.all]
+        for vm, reason in self._stores.unusable:
+            vms.append(vm_status(vm, now_us, [f"what is kept of it cannot be used: {reason}"]))
+        return {"vms": vms}
 
     def _warnings(self, store: VmStore) -> list[str]:
         trouble = [store.trouble] if store.trouble else []

@@ -267,7 +267,7 @@ class _PushSession:
 
     async def _query(self, query: m.Query) -> None:
         vm = self._check_key(query.vm, query.name)
-        self._server.stores.check_acceptable(vm, query.name)
+        await self._server.stores.check_acceptable(vm, query.name)
         self._server.note_name(vm, query.name)
         await self._state(vm)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from uuid import UUID
 
 import trio
+from eventsourcing.persistence import PersistenceError
 
 from receiver.store.admission import PushRefusedHereError
 from receiver.store.vm_store import Retention, VmStore
@@ -16,6 +17,7 @@ from replicator import durable
 from replicator.config import Config
 from replicator.domain.model import PushKind
 from replicator.domain.vm import ProtectedVm
+from replicator.errors import RefusedError, ReplicatorError
 from replicator.log import EventLog
 from replicator.wire.messages import Open
 
@@ -30,6 +32,7 @@ class Stores:
         self._log = log
         self._nursery = nursery
         self._stores: dict[UUID, VmStore] = {}
+        self._unusable: dict[UUID, str] = {}  # why a VM of the log has no store
         self._adding = trio.Lock()
 
     async def start(self) -> None:
@@ -37,7 +40,11 @@ class Stores:
         root = self._config.state_dir / "vms"
         await trio.to_thread.run_sync(durable.make_dir, root)
         for vm in self._log.vms:
-            await self._add(UUID(vm.vm))
+            try:
+                await self._add(UUID(vm.vm))
+            except (OSError, ReplicatorError, PersistenceError) as error:
+                self._unusable[UUID(vm.vm)] = str(error)
+                _logger.error("%s cannot be used, the others go on without it: %s", vm.name, error)
         known = {vm.vm for vm in self._log.vms}
         for folder in await trio.to_thread.run_sync(_folders, root):
             if folder.name not in known:
@@ -64,7 +71,21 @@ class Stores:
 
     def find(self, name: str) -> VmStore:
         """The store of the VM of that name or UUID. Raises RefusedError."""
-        return self._stores[UUID(self._log.find(name).vm)]
+        vm = UUID(self._log.find(name).vm)
+        if vm not in self._stores:
+            raise RefusedError(
+                f"VM {name} cannot be used: {self._unusable.get(vm, 'it has no folder')}"
+            )
+        return self._stores[vm]
+
+    @property
+    def unusable(self) -> list[tuple[ProtectedVm, str]]:
+        """The VMs of the log whose folder cannot be used, and why."""
+        return [
+            (vm, self._unusable[UUID(vm.vm)])
+            for vm in self._log.vms
+            if UUID(vm.vm) in self._unusable
+        ]
 
     def check_selected(self, vm: str, name: str) -> None:
         """Raise PushRefusedHereError for a VM that the configuration does not select."""
@@ -73,9 +94,15 @@ class Stores:
                 "unknown-vm", f"VM {name} is not one that this receiver takes"
             )
 
-    def check_acceptable(self, vm: UUID, name: str) -> None:
-        """Raise PushRefusedHereError for a VM that no push could be taken of: not selected, or its name is another's."""
+    async def check_acceptable(self, vm: UUID, name: str) -> None:
+        """Raise PushRefusedHereError for a VM that no push could be taken of.
+
+        It is not selected, its name is another's, or what is kept of it cannot be used.
+        """
         self.check_selected(str(vm), name)
+        async with self._adding:
+            if vm in self._unusable:
+                await self._add_again(vm)
         if vm not in self._stores:
             self._check_name(vm, name)
 
@@ -86,12 +113,27 @@ class Stores:
             store = self._stores.get(vm)
             if store is not None:
                 return store
+            if vm in self._unusable:
+                return await self._add_again(vm)
             self._check_name(vm, opened.name)
             _check_first(opened)
             if self._log.get(vm) is None:
                 await trio.to_thread.run_sync(_set_aside, self._config.state_dir / "vms", vm)
             await self._log.register(vm, opened.name, "receiver")
             return await self._add(vm)
+
+    async def _add_again(self, vm: UUID) -> VmStore:
+        """A VM that could not be used at the start, perhaps now. Raises PushRefusedHereError if not."""
+        try:
+            store = await self._add(vm)
+        except (OSError, ReplicatorError, PersistenceError) as error:
+            self._unusable[vm] = str(error)
+            _logger.error("VM %s cannot be used: %s", vm, error)
+            raise PushRefusedHereError(
+                "failed", "the receiver cannot use what it has of this VM"
+            ) from error
+        del self._unusable[vm]
+        return store
 
     def _check_name(self, uuid: UUID, name: str) -> None:
         for vm in self._log.vms:

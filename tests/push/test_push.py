@@ -478,6 +478,35 @@ async def test_a_receiver_that_lost_its_log_keeps_the_replica_that_it_does_not_k
     assert (aside / "replica" / "disk-0.raw").read_bytes() == content
 
 
+async def test_a_vm_whose_folder_cannot_be_used_takes_nobody_down(tmp_path: Path) -> None:
+    async with pair(tmp_path) as (rx, _, sx):
+        await sx.push(Want.SEED)
+        await rx.settled()
+        replica = rx.store.paths.root / "replica"
+    aside = tmp_path / "replica"
+    replica.rename(aside)
+    replica.write_text("not a folder")
+    async with (
+        receiver_site(rx.config.state_dir) as again,
+        source_site(tmp_path / "sx", again.port, sx.disks) as source,
+    ):
+        ((vm, reason),) = again.stores.unusable
+        assert (vm.name, again.stores.all) == ("web", [])
+        assert "replica" in reason
+        with pytest.raises(RefusedError, match="cannot be used"):
+            again.stores.find("web")
+        with pytest.raises(PeerRefusedError, match="cannot use what it has of this VM") as refused:
+            await source.push(Want.RUN)
+        assert refused.value.code == "failed"
+        replica.unlink()
+        aside.rename(replica)
+        change(source, 2)
+        assert (await source.push(Want.RUN)).point.kind is PushKind.CYCLE
+        assert again.stores.unusable == []
+        await again.settled()
+        await same_on_both_sides(again, source, 2)
+
+
 async def test_an_image_that_changed_while_the_push_was_cut(tmp_path: Path) -> None:
     async with pair(tmp_path) as (rx, line, sx):
         await sx.push(Want.SEED)
