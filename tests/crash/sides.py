@@ -30,6 +30,7 @@ from replicator.errors import RefusedError
 from replicator.imagemap import ImageMap
 from replicator.log import EventLog
 from replicator.push import connection, journal, pusher, sender, spool
+from replicator.push.plan import Want
 from replicator.sources import image
 from replicator.wire import messages as m
 from tests.crash.scenario import RETAINED, Layout, Phase, read_points
@@ -261,7 +262,9 @@ async def run_source(stage: Stage, port: int, on_ack: Callable[[], None]) -> dic
     async with source_site(stage.folder / "source", port, disks) as site:
         before = site.log.vms[0].newest if site.log.vms else None
         entry = await journal.load(site.log, site.log.vms[0].vm) if site.log.vms else None
-        outcome = await site.push()
+        # A source without a log may be another host's: it seeds only when told to.
+        fresh = all(vm.newest is None for vm in site.log.vms)
+        outcome = await site.push(Want.SEED if fresh else Want.RUN)
         Kill.remove()
         assert await journal_entries(site.log) == []
         check_source_files(site, outcome.point)
