@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from replicator import durable
+from replicator.domain.model import file_stem
 from replicator.errors import PhcbtError, WireError
 from replicator.phcbt.decode import NEED_DATA, DataRecord, Header
 from replicator.phcbt.format import StreamHeader
@@ -126,7 +127,7 @@ class Landing:
         self.disks: list[DiskLanding] = []
         try:
             for disk, watermark in zip(expected, watermarks, strict=True):
-                path = folder / _file_name(disk.disk)
+                path = folder / f"{file_stem(disk.disk.disk, disk.disk.since)}.phcbt"
                 self.disks.append(DiskLanding(path, disk, watermark))
             durable.sync_dir(folder)
         except BaseException:
@@ -153,11 +154,6 @@ class Landing:
         """Close all files; they stay."""
         for disk in self.disks:
             disk.close()
-
-
-def _file_name(disk: OpenDisk) -> str:
-    name = disk.disk if disk.since == 1 else f"{disk.disk}@{disk.since}"
-    return f"{name}.phcbt"
 
 
 def remove_folder(folder: Path, keep: Callable[[Path], bool] = lambda _: False) -> list[Path]:

@@ -19,13 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from uuid import UUID
 
-from replicator.domain.model import Point, PointDisk
+from replicator.domain.model import Point, PointDisk, file_stem
 from replicator.domain.vm import ProtectedVm
 
 
 def stem(disk: PointDisk) -> str:
     """The name of a disk's files in its chain."""
-    return disk.disk if disk.since == 1 else f"{disk.disk}@{disk.since}"
+    return file_stem(disk.disk, disk.since)
 
 
 @dataclass(frozen=True, slots=True)

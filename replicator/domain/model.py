@@ -79,6 +79,11 @@ class TestClone(msgspec.Struct, frozen=True, array_like=True):
     started_at_us: int
 
 
+def file_stem(disk: str, since: int) -> str:
+    """What a disk's files are called on either side: each chain of deltas has a name of its own."""
+    return disk if since == 1 else f"{disk}@{since}"
+
+
 def next_disk_name(taken: Sequence[str]) -> str:
     """The name ``disk-<N>`` after the highest of ``taken``."""
     numbers = [int(name[5:]) for name in taken if name.startswith("disk-") and name[5:].isdigit()]

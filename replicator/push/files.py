@@ -11,7 +11,7 @@ import msgspec
 from replicator import durable
 from replicator.config import Config
 from replicator.disk import DiskView
-from replicator.domain.model import Point, PointDisk
+from replicator.domain.model import Point, PointDisk, file_stem
 from replicator.imagemap import ImageMap
 from replicator.phcbt.format import Algorithm, StreamHeader
 from replicator.push import spool
@@ -130,10 +130,10 @@ class PushFiles:
                 durable.unlink(path)
 
     def _map(self, disk: PointDisk) -> Path:
-        return self._maps / f"{spool.file_stem(disk.disk, disk.since)}.map"
+        return self._maps / f"{file_stem(disk.disk, disk.since)}.map"
 
     def _skeleton(self, entry: PushEntry, disk: EntryDisk) -> Path:
-        return entry.folder(self._work) / f"{spool.file_stem(disk.disk, disk.since)}.skeleton"
+        return entry.folder(self._work) / f"{file_stem(disk.disk, disk.since)}.skeleton"
 
 
 def _remove_tree(folder: Path) -> None:

@@ -20,11 +20,6 @@ from replicator.phcbt.resume import SkeletonReader
 _FLUSH = 1 << 18
 
 
-def file_stem(disk: str, since: int) -> str:
-    """The name of a disk's files in its chain, as on the receiver."""
-    return disk if since == 1 else f"{disk}@{since}"
-
-
 class Spool:
     """The skeleton of one disk's stream in a push, and the writer that stands where it ends."""
 

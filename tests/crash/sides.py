@@ -24,7 +24,7 @@ from receiver.store.layout import expected_files
 from receiver.store.verify import verify_point
 from receiver.store.vm_store import VmStore
 from replicator import durable
-from replicator.domain.model import Point
+from replicator.domain.model import Point, file_stem
 from replicator.domain.vm import ProtectedVm
 from replicator.errors import RefusedError
 from replicator.imagemap import ImageMap
@@ -283,7 +283,7 @@ def check_source_files(site: SourceSite, newest: Point) -> None:
     """Maps of the newest point's disks, the log, and nothing else: no spool, no snapshot, no clone."""
     state = site.config.state_dir
     maps = {
-        state / "maps" / str(site.uuid) / f"{spool.file_stem(disk.disk, disk.since)}.map": disk
+        state / "maps" / str(site.uuid) / f"{file_stem(disk.disk, disk.since)}.map": disk
         for disk in newest.disks
     }
     events = {state / "events" / name for name in ("data.mdb", "lock.mdb")}
