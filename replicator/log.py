@@ -16,7 +16,7 @@ from uuid import UUID
 
 import msgspec
 import trio
-from eventsourcing.application import AggregateNotFoundError, Application
+from eventsourcing.application import Application
 from eventsourcing.domain import Aggregate
 from eventsourcing.persistence import Transcoder
 
@@ -220,4 +220,4 @@ async def open_log(folder: Path, *, readonly: bool = False) -> AsyncIterator[Eve
         log.close()
 
 
-__all__ = ["AggregateNotFoundError", "EventLog", "MsgpackTranscoder", "open_log"]
+__all__ = ["EventLog", "MsgpackTranscoder", "open_log"]

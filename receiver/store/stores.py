@@ -178,6 +178,3 @@ def _matches(patterns: str, vm: str, name: str) -> bool:
 
 def _folders(root: Path) -> list[Path]:
     return sorted(path for path in root.iterdir() if path.is_dir())
-
-
-__all__ = ["ProtectedVm", "Stores"]

@@ -19,7 +19,6 @@ from replicator.domain.failover import Command, State, decide
 from replicator.domain.model import (
     Damage,
     Point,
-    PointDisk,
     PushKind,
     TestClone,
     plain,
@@ -331,14 +330,6 @@ class ProtectedVm(Aggregate):
     def disk_names(self) -> dict[str, str]:
         """Disk name by identity, of the newest point."""
         return {disk.identity: disk.disk for disk in self.newest.disks} if self.newest else {}
-
-    def last_point_of(self, disk: PointDisk) -> int:
-        """The newest retained point that has this disk in the same chain."""
-        return max(
-            number
-            for number, point in self.points.items()
-            if (other := point.disk(disk.disk)) is not None and other.since == disk.since
-        )
 
 
 def event_kind(event: Aggregate.Event) -> str:

@@ -198,7 +198,7 @@ BAD = {
 }
 TESTED = {
     "vm": "web", "point": 2, "clone": "c1", "running": True, "booted": True, "console": "login:", "console_s": 4.25, "reason": None,
-    "disks": [{"disk": "disk-0", "size": 1024, "nbd": "/run/a.sock", "overlay": "/work/a.qcow2"}],
+    "disks": [{"disk": "disk-0", "size": 1024, "nbd": "/run/a.sock", "overlay": "/clones/a.qcow2"}],
 }  # fmt: skip
 UNBOOTED = {
     **TESTED, "running": False, "booted": False, "console": None, "console_s": None, "reason": "no QEMU here",
@@ -254,7 +254,7 @@ async def test_failover_test_tells_steps_and_the_first_console_line(
     done, request = await ask(tmp_path, replctl, TESTED, "failover", "test", "web", "--point", "2")
     assert done.code == 0
     assert "making the clone" in done.err
-    assert "disk-0: 1.0 KiB, NBD at /run/a.sock, writes in /work/a.qcow2\n" in done.out
+    assert "disk-0: 1.0 KiB, NBD at /run/a.sock, writes in /clones/a.qcow2\n" in done.out
     assert (
         "clone c1 of web at recovery point 2: booted, first console line after 4.2 s: login:\n"
         in done.out
