@@ -18,8 +18,7 @@ import trio
 from replicator.nbd.client import NbdClient, open_nbd
 from replicator.sources.qemu_inventory import take_inventory
 from replicator.sources.qmp import QmpClient, QmpGoneError, open_qmp
-
-START_TIMEOUT_S = 20
+from tests.limits import HANG_S
 
 
 def require(program: str) -> str:
@@ -89,7 +88,7 @@ class StorageDaemon:
     async def _wait_until_up(self) -> None:
         """A command is answered only after the whole command line took effect."""
         assert self._process is not None
-        with trio.fail_after(START_TIMEOUT_S):
+        with trio.fail_after(HANG_S):
             while True:
                 assert self._process.poll() is None, "qemu-storage-daemon ended at its start"
                 try:
@@ -115,7 +114,7 @@ class StorageDaemon:
         await self._writers[disk].aclose()
         async with self.qmp() as qmp:
             await qmp.execute("block-export-del", id=f"w-{disk}", mode="hard")
-            await qmp.wait_event(lambda e: e["event"] == "BLOCK_EXPORT_DELETED", START_TIMEOUT_S)
+            await qmp.wait_event(lambda e: e["event"] == "BLOCK_EXPORT_DELETED", HANG_S)
             await qmp.execute("block_resize", node_name=disk, size=size)
             await qmp.execute(
                 "block-export-add",

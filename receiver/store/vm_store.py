@@ -75,6 +75,9 @@ class VmStore:
         #: Why deltas are not being applied, or None.
         self.trouble: str | None = None
         self.settled = trio.Event()  # set while there is nothing left to apply or let go of
+        self.resting = (
+            trio.Event()
+        )  # set while nothing more will be done by itself: settled, or in trouble
 
     @property
     def vm(self) -> ProtectedVm:
@@ -259,6 +262,8 @@ class VmStore:
         """There may be something to apply or to let go of."""
         if self.settled.is_set():  # who waits for it already goes on waiting for the same event
             self.settled = trio.Event()
+        if self.resting.is_set():
+            self.resting = trio.Event()
         self._wake.set()
 
     @asynccontextmanager
@@ -280,13 +285,19 @@ class VmStore:
             except (OSError, ReplicatorError, PersistenceError) as error:
                 self.trouble = f"applying deltas has stopped: {error}"
                 _logger.error("%s: %s", self.vm.name, self.trouble)
+                self._rest()
                 with trio.move_on_after(RETRY_S):
                     await self._wake.wait()
                 continue
             self.trouble = None
             if not self._wake.is_set():
                 self.settled.set()
+            self._rest()
             await self._wake.wait()
+
+    def _rest(self) -> None:
+        if not self._wake.is_set():
+            self.resting.set()
 
     async def _step(self) -> bool:
         """One apply or one release; False if there is nothing to do."""

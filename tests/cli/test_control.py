@@ -17,6 +17,7 @@ from replicator.cli.control import ControlClient, vm_path
 from replicator.errors import RefusedError, ReplicatorError, UsageError, WireError
 from tests.cli.conftest import KEY, Replctl, write_config
 from tests.cli.fake_receiver import CHUNKED, answers, chunk, fake_receiver, lines, says
+from tests.limits import HANG_S
 
 
 async def collect(client: ControlClient) -> list[dict[str, Any]]:
@@ -147,7 +148,7 @@ async def test_leaving_the_stream_hangs_up(tmp_path: Path) -> None:
         async with ControlClient(path).stream("/v1/x", {}) as items:
             async for _ in items:
                 break
-        with trio.fail_after(30):
+        with trio.fail_after(HANG_S):
             await fake.hung_up.wait()
 
 

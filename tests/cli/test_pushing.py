@@ -42,6 +42,7 @@ from replicator.push.trouble import Trouble
 from replicator.wire.messages import VmState
 from tests.cli.conftest import KEY, Done, Replctl, source_values, write_config
 from tests.cli.test_json_contract import VM, S, keeps_promise, point, promised
+from tests.limits import HANG_S
 
 FENCED = PeerRefusedError("stale-epoch", "the VM is in epoch 2")
 
@@ -246,7 +247,7 @@ async def test_run_seeds_pushes_and_stops_cleanly_when_told(
         process: trio.Process = await nursery.start(start)
         assert process.stderr is not None
         said = b""
-        with trio.fail_after(60):
+        with trio.fail_after(HANG_S):
             while b"DR cycle complete: vm=web cycle=2 " not in said:
                 piece = await process.stderr.receive_some()
                 assert piece, said

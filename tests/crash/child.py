@@ -46,10 +46,11 @@ from tests.crash.scenario import (
     write_images,
     write_points,
 )
+from tests.limits import HANG_S
 from tests.sites import TOKEN
 
 #: Longer than a side's own limit, which says more.
-ALARM_S = 60
+ALARM_S = HANG_S + 20
 #: Kill the source at the first acknowledgement instead of a step.
 ON_ACK = -1
 
@@ -147,7 +148,7 @@ class Trial:
 
 
 async def _limited(run: Callable[[], Any]) -> Any:
-    with trio.fail_after(sides.LIMIT_S):
+    with trio.fail_after(HANG_S):
         return await run()
 
 

@@ -36,9 +36,6 @@ from replicator.wire import messages as m
 from tests.crash.scenario import RETAINED, Layout, Phase, read_points
 from tests.sites import ReceiverSite, SourceSite, receiver_site, source_site
 
-#: A side that has not ended by now hangs. Seconds.
-LIMIT_S = 40
-
 
 @dataclass(frozen=True, slots=True)
 class Stage:

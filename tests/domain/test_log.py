@@ -16,6 +16,7 @@ from replicator.domain.vm import DAMAGES_MAX, ProtectedVm
 from replicator.errors import RefusedError
 from replicator.log import EventLog, open_log
 from tests.domain.samples import VM, point
+from tests.limits import HANG_S
 
 
 def state(vm: ProtectedVm | None) -> dict[str, Any]:
@@ -159,7 +160,7 @@ async def test_changes_of_one_vm_come_one_after_the_other(tmp_path: Path) -> Non
         await log.register(second, "db", "receiver")
         async with log.change(VM) as held:
             held.delta_applied(1)
-            with trio.fail_after(30):
+            with trio.fail_after(HANG_S):
                 async with log.change(second) as free:
                     free.commit(other)
         nursery.cancel_scope.cancel()

@@ -15,6 +15,7 @@ from eventsourcing.persistence import OperationalError, StoredEvent
 from eventstore import Journal, LMDBApplicationRecorder, LMDBEnvironment, environment
 from eventstore.environment import StrPath
 from tests.eventstore.crash_child import AGGREGATE, BATCH
+from tests.limits import HANG_S
 
 ROOT = Path(__file__).parents[2]
 
@@ -24,7 +25,7 @@ def run_child(path: Path, steps: int) -> list[list[str]]:
         [sys.executable, "-m", "tests.eventstore.crash_child", os.fspath(path), str(steps)],
         cwd=ROOT,
         stdout=subprocess.PIPE,
-        timeout=60,
+        timeout=HANG_S,
         check=False,
     )
     assert child.returncode == -signal.SIGKILL
@@ -118,6 +119,7 @@ FULL_DISK = """
 import resource, sys
 from eventstore import LMDBApplicationRecorder, LMDBEnvironment
 from tests.eventstore.test_durability import fill
+from tests.limits import HANG_S
 opened = LMDBEnvironment.open(sys.argv[1])
 recorder = LMDBApplicationRecorder(opened)
 resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 17, resource.RLIM_INFINITY))
@@ -134,7 +136,7 @@ def test_a_full_disk_is_a_clear_error_and_leaves_nothing_half_written(tmp_path: 
         [sys.executable, "-c", FULL_DISK, path],
         cwd=ROOT,
         stdout=subprocess.PIPE,
-        timeout=60,
+        timeout=HANG_S,
         check=True,
     )
     acknowledged = int(child.stdout)

@@ -24,6 +24,7 @@ from eventsourcing.persistence import (
 from eventstore import Journal, LMDBApplicationRecorder, LMDBEnvironment
 from eventstore import environment as environment_module
 from eventstore.environment import MAX_DATABASES, _library_error
+from tests.limits import HANG_S
 
 ROOT = Path(__file__).parents[2]
 
@@ -33,7 +34,7 @@ def run_python(code: str, *arguments: str) -> str:
         [sys.executable, "-c", code, *arguments],
         cwd=ROOT,
         stdout=subprocess.PIPE,
-        timeout=60,
+        timeout=HANG_S,
         check=True,
     )
     return child.stdout.decode()
@@ -142,6 +143,7 @@ READER = """
 import sys
 from eventsourcing.persistence import OperationalError, ProgrammingError
 from eventstore import Journal, LMDBApplicationRecorder, LMDBEnvironment
+from tests.limits import HANG_S
 with LMDBEnvironment.open(sys.argv[1], readonly=True) as opened:
     print(Journal(opened, "a").get("k"))
     print(LMDBApplicationRecorder(opened, "app").max_notification_id())

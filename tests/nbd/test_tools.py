@@ -17,7 +17,8 @@ import trio
 from replicator.disk import Extent
 from replicator.nbd.client import open_nbd
 from replicator.nbd.protocol import BASE_ALLOCATION, STATE_ZERO, NbdError
-from tests.lab_qemu import START_TIMEOUT_S, require
+from tests.lab_qemu import require
+from tests.limits import HANG_S
 from tests.nbd.views import MemoryView, served
 
 MIB = 1 << 20
@@ -72,7 +73,7 @@ async def listening(*command: str, path: Path) -> AsyncIterator[None]:
     """A server program, from the moment that its socket answers."""
     process = subprocess.Popen([require(command[0]), *command[1:]])  # noqa: ASYNC220
     try:
-        with trio.fail_after(START_TIMEOUT_S):
+        with trio.fail_after(HANG_S):
             while True:
                 assert process.poll() is None, f"{command[0]} ended at its start"
                 try:

@@ -21,12 +21,12 @@ from replicator.wire import messages as m
 from replicator.wire.framing import MessageLimits, MessageStream
 from replicator.wire.keys import PreSharedKey
 from replicator.wire.stream import connect_stream
+from tests.limits import HANG_S
 from tests.sites import TOKEN, ReceiverSite
 
 VM = UUID("5f0c7c3e-6f2b-4f7e-9a55-0d2f4c1b8a01")
 GRAIN = 4096
 CHUNK = 65536
-_ANSWER_S = 30
 
 
 class RawSource:
@@ -44,7 +44,7 @@ class RawSource:
 
     async def hear_any(self) -> m.FromReceiver | None:
         """The next answer of any kind; None at the end of the session, however it came."""
-        with trio.fail_after(_ANSWER_S):
+        with trio.fail_after(HANG_S):
             try:
                 message = await self.stream.receive()
             except trio.BrokenResourceError:
@@ -69,7 +69,7 @@ class RawSource:
 @asynccontextmanager
 async def raw_source(port: int, token: str = TOKEN) -> AsyncIterator[RawSource]:
     transport = await trio.open_tcp_stream("127.0.0.1", port)
-    stream = await connect_stream(transport, PreSharedKey.from_hex(token), deadline_s=_ANSWER_S)
+    stream = await connect_stream(transport, PreSharedKey.from_hex(token), deadline_s=HANG_S)
     # This side sends whatever it is told to, so it has no limits.
     limits = MessageLimits(dict.fromkeys(range(256), 1 << 30))
     async with MessageStream(stream, limits) as framed:

@@ -25,6 +25,7 @@ from replicator.wire import messages as m
 from replicator.wire import stream
 from replicator.wire.keys import Keyring, PreSharedKey
 from replicator.wire.session import FROM_SOURCE, TABLE, Phase, Session, as_markdown
+from tests.limits import HANG_S
 from tests.push.lab import VM, RawPush, RawSource, raw_push, raw_source, state_of
 from tests.sites import TOKEN, ReceiverSite, receiver_site
 
@@ -577,7 +578,7 @@ async def test_bytes_that_are_no_message_end_the_session_alone(
         raw_source(rx.port) as source,
     ):
         # The head may be enough for the receiver.
-        with trio.fail_after(30), suppress(trio.BrokenResourceError):
+        with trio.fail_after(HANG_S), suppress(trio.BrokenResourceError):
             await source.stream.send(kind, body)
         assert await source.ended()
         assert isinstance(await bystander.ask(m.Query(str(VM), "web")), m.VmState)
@@ -712,7 +713,7 @@ async def test_a_client_that_says_nothing_is_let_go(
         receiver_site(tmp_path / "rx") as rx,
         await trio.open_tcp_stream("127.0.0.1", rx.port) as silent,
     ):
-        with trio.fail_after(30), suppress(trio.BrokenResourceError):
+        with trio.fail_after(HANG_S), suppress(trio.BrokenResourceError):
             while await silent.receive_some():
                 pass
         await trio.testing.wait_all_tasks_blocked()

@@ -34,6 +34,7 @@ from replicator.push.plan import Want
 from replicator.wire import messages as m
 from replicator.wire import stream
 from replicator.wire.framing import MessageStream
+from tests.limits import HANG_S
 from tests.push.lab import files_of, state_of
 from tests.push.proxy import Cut, Line, proxied
 from tests.sites import GRAIN, ReceiverSite, SourceSite, receiver_site, source_site
@@ -243,7 +244,7 @@ async def test_a_command_gives_up_a_line_that_breaks_at_the_same_place(tmp_path:
     async with pair(tmp_path) as (rx, line, sx):
         line.always = Cut(to_receiver=2000)
         sx.pusher._patience_s = 0.3
-        with trio.fail_after(30), pytest.raises(ConnectionLostError):
+        with trio.fail_after(HANG_S), pytest.raises(ConnectionLostError):
             await sx.push(Want.SEED)
         assert len(line.passed) > 1
         line.always = None
@@ -667,7 +668,7 @@ async def test_connections_without_a_key_do_not_keep_a_source_out(
             held.append(await strangers.enter_async_context(stranger))
             await stranger.send_all(b"RPLW")
         # The oldest made room for the newer; the others are still waited for when the source comes.
-        with trio.fail_after(10):
+        with trio.fail_after(HANG_S):
             assert await held[0].receive_some() == b""
             await sx.push(Want.SEED)
         await same_on_both_sides(rx, sx, 1)

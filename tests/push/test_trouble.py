@@ -22,6 +22,7 @@ from replicator.push.plan import Want
 from replicator.push.pusher import Pusher
 from replicator.sources.image import ImageSource
 from replicator.wire.keys import PreSharedKey
+from tests.limits import HANG_S
 from tests.push.lab import raw_push, raw_source
 from tests.sites import GRAIN, TOKEN, ReceiverSite, SourceSite, receiver_site, source_site
 
@@ -99,7 +100,7 @@ async def test_a_push_that_tries_for_ever_is_noted_while_it_tries(
             return 0.0
 
         monkeypatch.setattr(pusher, "backoff_s", backoff)
-        with scope, trio.fail_after(30):
+        with scope, trio.fail_after(HANG_S):
             await endless.push(Want.RUN)
         assert attempts == [0, 1, 2]
         found = await trouble.load(sx.log, str(sx.uuid))

@@ -28,6 +28,7 @@ from replicator.log import EventLog, open_log
 from replicator.nursery import flat_nursery
 from replicator.phcbt import Algorithm, StreamHeader, StreamWriter, encode_chunk
 from replicator.wire.messages import FinalDisk, Finish, Open, OpenDisk
+from tests.limits import HANG_S
 
 VM = UUID("5f0c7c3e-6f2b-4f7e-9a55-0d2f4c1b8a01")
 NAME = "vm-a"
@@ -221,7 +222,7 @@ class StoreFixture:
 
     async def settle(self) -> None:
         """Wait until there is nothing left to apply or to let go of; a store in trouble never settles."""
-        with trio.fail_after(60):
+        with trio.fail_after(HANG_S):
             await self.store.settled.wait()
 
     async def check_point(self, number: int) -> None:

@@ -17,6 +17,7 @@ from replicator import durable
 from replicator.domain.failover import State
 from replicator.errors import RefusedError, StateError
 from replicator.sources.qmp import QmpGoneError, open_qmp
+from tests.limits import HANG_S
 from tests.receiver.clone_lab import (
     check_clone_content,
     children,
@@ -209,7 +210,7 @@ async def test_a_guest_that_never_stops_talking_fills_no_disk_and_can_be_killed(
         await fixture.push({"disk-0": noise(GRAIN, 1)})
         result = await manager.start_test(fixture.store, None, no_steps)
         assert result["console"] == "again and again"
-        with trio.fail_after(30):
+        with trio.fail_after(HANG_S):
             while len(contents(result["console_file"])) < 100_001:
                 await trio.lowlevel.checkpoint()
         monkeypatch.setattr("receiver.failover.machine.QUIT_S", 0.1)
@@ -235,7 +236,7 @@ async def test_an_undo_ends_a_boot_that_is_waited_for(
 
             results.append(await manager.start_test(fixture.store, None, step))
 
-        with trio.fail_after(30):
+        with trio.fail_after(HANG_S):
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(start)
                 await booting.wait()
@@ -290,7 +291,7 @@ async def test_a_start_ends_a_machine_that_outlived_its_receiver(state_dir: Path
     words = ["qemu-system-x86_64", "-M", "none", "-nodefaults", "-display", "none"]
     left = await trio.lowlevel.open_process([*words, "-qmp", f"unix:{socket},server=on,wait=off"])
     try:
-        with trio.fail_after(30):
+        with trio.fail_after(HANG_S):
             await reachable(socket)
             async with open_store(state_dir) as fixture, clone_manager(fixture):
                 assert await leftovers(fixture) == []
@@ -304,7 +305,7 @@ async def test_a_machine_stopped_before_it_began_is_not_waited_for(tmp_path: Pat
     async with trio.open_nursery() as nursery:
         nursery.start_soon(machine.run)
         nursery.cancel_scope.cancel()
-    with trio.fail_after(10):
+    with trio.fail_after(HANG_S):
         result = await machine.wait_console(60)
     assert result.reason == "the clone was stopped"
 

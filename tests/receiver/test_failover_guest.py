@@ -14,6 +14,7 @@ import pytest
 import trio
 
 from tests.lab import guest
+from tests.limits import HANG_S
 from tests.receiver.clone_lab import (
     check_clone_content,
     children,
@@ -29,8 +30,6 @@ pytestmark = pytest.mark.guest
 
 WORD = "beef"
 WROTE = "replctl-guest: wrote"
-#: Seconds in which the kernel surely has delivered a signal.
-DEATH_S = 30
 
 
 def real_grains(fixture: StoreFixture) -> None:
@@ -138,7 +137,7 @@ async def test_the_machine_dies_with_the_receiver_and_a_new_one_takes_up_the_clo
     )
     assert receiver.stdout is not None
     said = b""
-    with trio.fail_after(DEATH_S):
+    with trio.fail_after(HANG_S):
         while b"the machine is booting" not in said:
             said += (piece := await receiver.stdout.receive_some())
             assert piece, "the receiver ended"
@@ -147,7 +146,7 @@ async def test_the_machine_dies_with_the_receiver_and_a_new_one_takes_up_the_clo
             await trio.lowlevel.checkpoint()
     pidfds = [os.pidfd_open(pid) for pid in machines]
     receiver.send_signal(signal.SIGKILL)
-    with trio.fail_after(DEATH_S):
+    with trio.fail_after(HANG_S):
         await receiver.wait()
         for pidfd in pidfds:
             await trio.lowlevel.wait_readable(pidfd)

@@ -13,6 +13,7 @@ from receiver.export.point_export import export_disk
 from replicator.errors import RefusedError, StateError
 from replicator.nbd.client import open_nbd
 from replicator.nbd.protocol import NbdError
+from tests.limits import HANG_S
 from tests.receiver.store_lab import StoreFixture, open_store
 
 GRAIN = 4096
@@ -106,7 +107,7 @@ async def test_a_read_that_fails_is_an_error_to_the_client_and_damage_in_the_log
                 with pytest.raises(NbdError) as failure:
                     await client.read(offset, length)
                 assert failure.value.code == errno.EIO
-            with trio.fail_after(20):
+            with trio.fail_after(HANG_S):
                 while len(fixture.store.vm.damages) < 2:
                     await fixture.log.wait_change()
             found = [

@@ -19,6 +19,7 @@ import trio.testing
 from receiver.service import http
 from receiver.service.http import Answer, NotFoundError, serve_http
 from replicator.errors import RefusedError, StateError, UsageError
+from tests.limits import HANG_S
 
 
 @pytest.fixture
@@ -88,7 +89,7 @@ async def serving(path: Path) -> AsyncIterator[Routes]:
 
 async def exchange(path: Path, request: bytes) -> tuple[int, list[dict[str, Any]]]:
     """Send bytes as they are; status and the JSON lines of the answer."""
-    with trio.fail_after(30):
+    with trio.fail_after(HANG_S):
         async with await trio.open_unix_socket(str(path)) as stream:
             await stream.send_all(request)
             data = b""
@@ -181,7 +182,7 @@ async def test_head_cannot_be_answered_with_a_body_and_ends_nothing(path: Path) 
     async with serving(path):
         async with await trio.open_unix_socket(str(path)) as stream:
             await stream.send_all(get("/no", "HEAD"))
-            with trio.fail_after(30):
+            with trio.fail_after(HANG_S):
                 while await stream.receive_some():
                     pass
         assert (await exchange(path, get("/echo")))[0] == 200
@@ -215,12 +216,12 @@ async def test_a_stream_ends_when_its_client_goes_away(path: Path) -> None:
     async with serving(path) as routes:
         async with await trio.open_unix_socket(str(path)) as stream:
             await stream.send_all(get("/endless"))
-            with trio.fail_after(30):
+            with trio.fail_after(HANG_S):
                 data = b""
                 while b"here" not in data:
                     data += await stream.receive_some()
             assert not routes.closed.is_set()
-        with trio.fail_after(30):
+        with trio.fail_after(HANG_S):
             await routes.closed.wait()
 
 
@@ -230,7 +231,7 @@ async def test_a_stream_ends_when_its_client_does_not_read(
     async with serving(path) as routes, await trio.open_unix_socket(str(path)) as stream:
         monkeypatch.setattr(http, "_REQUEST_S", 0.05)
         await stream.send_all(get("/flood"))
-        with trio.fail_after(30):
+        with trio.fail_after(HANG_S):
             await routes.closed.wait()
 
 

@@ -12,6 +12,7 @@ import trio
 import trio.testing
 
 from receiver.status.notify import Notifier
+from tests.limits import HANG_S
 
 
 @pytest.fixture(params=["path", "abstract"])
@@ -61,7 +62,7 @@ async def test_the_watchdog_is_told_twice_in_its_interval(
 async def test_without_systemd_nothing_is_done() -> None:
     notifier = Notifier({})
     notifier.send("READY=1")
-    with trio.fail_after(5):
+    with trio.fail_after(HANG_S):
         await notifier.watch()
 
 

@@ -18,7 +18,8 @@ from replicator.disk import Extent
 from replicator.sources.base import Snapshot, SnapshotName
 from replicator.sources.qemu import QemuSource
 from replicator.sources.qmp import QmpGoneError, open_qmp
-from tests.lab_qemu import START_TIMEOUT_S, require
+from tests.lab_qemu import require
+from tests.limits import HANG_S
 from tests.sources.conformance import GRAIN, listed
 
 VM_UUID = UUID("11111111-2222-3333-4444-555555555555")
@@ -45,7 +46,7 @@ async def root() -> AsyncIterator[Path]:
         command += ["-device", "ide-cd,id=empty"]
         process = subprocess.Popen(command)  # noqa: ASYNC220 - starts at once
         try:
-            with trio.fail_after(START_TIMEOUT_S):
+            with trio.fail_after(HANG_S):
                 while True:
                     assert process.poll() is None, "qemu-system-x86_64 ended at its start"
                     try:

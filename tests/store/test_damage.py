@@ -25,6 +25,7 @@ from replicator.imagemap import ImageMap
 from replicator.imagemap.layout import REGIONS
 from replicator.phcbt.format import Codec, Kind
 from replicator.phcbt.read import StoredDelta
+from tests.limits import HANG_S
 from tests.receiver.store_lab import Image, StoreFixture, open_store
 
 GRAIN = 4096
@@ -421,9 +422,8 @@ async def test_a_damaged_delta_stops_the_apply_until_a_seed(tmp_path: Path, plac
     flip(path, region.end - 1, 0)
     async with open_store(tmp_path, apply=True, expected=expected) as fixture:
         store = fixture.store
-        with trio.fail_after(30):
-            while not trouble(store):
-                await trio.testing.wait_all_tasks_blocked()
+        with trio.fail_after(HANG_S):
+            await store.resting.wait()
         assert "point 3" in trouble(store)
         assert "seed --again" in trouble(store)
         assert not store.settled.is_set()
@@ -435,13 +435,14 @@ async def test_a_damaged_delta_stops_the_apply_until_a_seed(tmp_path: Path, plac
         await fixture.push({"disk-0": next(contents())} | OTHER)
         events = store.vm.version
         store.wake()
-        await trio.testing.wait_all_tasks_blocked()
+        with trio.fail_after(HANG_S):
+            await store.resting.wait()
         assert store.vm.version == events
         async with store.hold(4):  # a reader of a point that must go
             await fixture.push({"disk-0": next(contents())} | OTHER, kind=PushKind.SEED)
-            with trio.fail_after(30):
-                while "its readers have ended" not in trouble(store):
-                    await trio.testing.wait_all_tasks_blocked()
+            with trio.fail_after(HANG_S):
+                await store.resting.wait()
+            assert "its readers have ended" in trouble(store)
             assert 4 in store.vm.points
         await fixture.settle()
         assert not trouble(store)

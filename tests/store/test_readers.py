@@ -17,10 +17,11 @@ import trio.testing
 
 from receiver.store import apply
 from receiver.store.verify import verify_point
-from receiver.store.view import PointView, Replica
+from receiver.store.view import Gate, PointView, Replica
 from receiver.store.vm_store import VmStore
 from replicator.domain.model import PushKind
 from replicator.errors import RefusedError
+from tests.limits import HANG_S
 from tests.receiver.store_lab import open_store
 
 GRAIN = 4096
@@ -139,6 +140,21 @@ def stopped_write(monkeypatch: pytest.MonkeyPatch) -> Iterator[Stop]:
         yield stop
 
 
+def watch_idle(gate: Gate) -> trio.Event:
+    """Set when somebody waits for the reads under way to end."""
+    waited_for, real = trio.Event(), gate._idle
+
+    class Watched:
+        set = real.set
+
+        async def wait(self) -> None:
+            waited_for.set()
+            await real.wait()
+
+    gate._idle = Watched()  # type: ignore[assignment]
+    return waited_for
+
+
 async def test_an_apply_waits_for_the_read_under_way(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -156,13 +172,11 @@ async def test_an_apply_waits_for_the_read_under_way(
             with stopped_read(monkeypatch) as stop:
                 nursery.start_soon(read)
                 await stop.reached.wait()
+                apply_waits = watch_idle(fixture.store._gate)
                 # The reverse delta is built from the replica too, but only the first read was stopped.
                 await fixture.push({"disk-0": disk.change()})
-                with trio.fail_after(30):
-                    while (
-                        fixture.store._gate._open.is_set()
-                    ):  # until the apply waits for the reader
-                        await trio.testing.wait_all_tasks_blocked()
+                with trio.fail_after(HANG_S):
+                    await apply_waits.wait()
                 assert fixture.store.paths.reverse(1, fixture.store.vm.points[1].disks[0]).exists()
                 assert (
                     fixture.store.paths.replica(fixture.store.vm.points[1].disks[0]).read_bytes()
@@ -210,7 +224,7 @@ async def test_views_opened_while_an_apply_stands_still(
             await read_all()
             # Commits go on while an apply stands still.
             contents[5] = disk.change()
-            with trio.fail_after(30):
+            with trio.fail_after(HANG_S):
                 await fixture.push({"disk-0": contents[5]})
             await read_all()
             stop.go_on()

@@ -19,6 +19,7 @@ from receiver.store.vm_store import VmStore
 from replicator.domain.views import point_info
 from replicator.errors import DamageError
 from replicator.imagemap.layout import REGIONS
+from tests.limits import HANG_S
 from tests.receiver.store_lab import StoreFixture, open_store
 
 GRAIN = 65536
@@ -174,7 +175,7 @@ async def test_rot_is_found_when_an_apply_is_repeated_after_a_crash(
         with monkeypatch.context() as patch:
             patch.setattr(apply, "write_replica", write_replica)
             await fixture.push({"disk-0": second})
-            with trio.fail_after(30):
+            with trio.fail_after(HANG_S):
                 await cut.wait()
             assert fixture.store.vm.applied == 1
             await fixture.check_point(1)
