@@ -4,10 +4,16 @@
 ``PERSISTENCE_MODULE=eventstore`` and ``LMDB_PATH`` make an application use it. Everything blocks.
 """
 
-from eventstore.environment import LMDBEnvironment
+from eventstore.environment import LMDBEnvironment, Operation
 from eventstore.factory import Factory, LMDBFactory
 from eventstore.journal import Journal
-from eventstore.recorders import LMDBAggregateRecorder, LMDBApplicationRecorder
+from eventstore.recorders import (
+    LMDBAggregateRecorder,
+    LMDBApplicationRecorder,
+    LMDBProcessRecorder,
+)
+from eventstore.subscription import LMDBSubscription
+from eventstore.tracking import LMDBTrackingRecorder
 
 __all__ = [
     "Factory",
@@ -16,4 +22,8 @@ __all__ = [
     "LMDBApplicationRecorder",
     "LMDBEnvironment",
     "LMDBFactory",
+    "LMDBProcessRecorder",
+    "LMDBSubscription",
+    "LMDBTrackingRecorder",
+    "Operation",
 ]

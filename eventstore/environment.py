@@ -10,44 +10,46 @@ Everything here blocks (disk, and the wait for the one writer): trio programs ca
 `trio.to_thread.run_sync`, never with ``abandon_on_cancel=True`` for a write, because the outcome of
 an abandoned commit is unknown. Each call is one complete transaction, begun and ended on the
 calling thread.
+
+The map grows by itself: whoever finds it full aborts, waits until no transaction is open in the
+process (new ones wait meanwhile), doubles it, and runs its request again.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import threading  # noqa: TID251 -- guards what the callers' worker threads share; starts none
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from pathlib import Path
-from typing import TYPE_CHECKING, Self, TypeVar
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
 
 import lmdb
 from eventsourcing.persistence import (
-    DataError,
     InterfaceError,
-    InternalError,
     OperationalError,
-    PersistenceError,
     ProgrammingError,
 )
+
+from eventstore import mapping
+from eventstore.errors import library_error
+from eventstore.group import Group, NothingToCommitError, Operation, PutError
+from eventstore.mapping import MAX_READERS_DEFAULT, StrPath
+from eventstore.shared import Shared, close_late, inside, put_off, registry
 
 if TYPE_CHECKING:
     Database = lmdb._Database
     Transaction = lmdb.Transaction[bytes]
     Cursor = lmdb.Cursor[bytes]
 
-T = TypeVar("T")
-StrPath = str | os.PathLike[str]
+__all__ = ["LMDBEnvironment", "Operation"]
 
-#: Address space tried in this order. A reserve costs no disk, only address space, and saves growing
-#: the map at run time.
-MAP_SIZE_RESERVES = tuple(1 << bits for bits in (40, 38, 36, 34, 32, 30, 28, 26))
-MAP_SIZE_BYTES_MIN = 1 << 16
-MAP_SIZE_BYTES_MAX = 1 << 46
-MAX_READERS_DEFAULT = 126
-MAX_READERS_LIMIT = 4096
-#: Named databases per environment: three for each log of each application, one for each journal.
-MAX_DATABASES = 32
+T = TypeVar("T")
+
+#: How often a request is run again for a map that grew under it, here or in another process.
+ATTEMPTS_MAX = 100
+
+_log = logging.getLogger(__name__)
 
 
 def _nothing(step: str, path: str) -> None:
@@ -57,123 +59,6 @@ def _nothing(step: str, path: str) -> None:
 #: Called as ``observe_commit(step, path)`` with step ``before-commit`` and then ``after-commit``
 #: around every commit; replaced only by tests, which kill the process there.
 observe_commit: Callable[[str, str], None] = _nothing
-
-_OPERATIONAL = (
-    lmdb.MapFullError,
-    lmdb.MapResizedError,
-    lmdb.ReadersFullError,
-    lmdb.DiskError,
-    lmdb.LockError,
-    lmdb.MemoryError,
-    lmdb.DbsFullError,
-    lmdb.TxnFullError,
-    lmdb.TlsFullError,
-)
-_INTERNAL = (
-    lmdb.CorruptedError,
-    lmdb.VersionMismatchError,
-    lmdb.InvalidError,
-    lmdb.PageNotFoundError,
-    lmdb.PanicError,
-    lmdb.PageFullError,
-    lmdb.CursorFullError,
-)
-
-
-def _library_error(error: lmdb.Error, path: str) -> PersistenceError:
-    """The `eventsourcing` error that says the same as an LMDB error."""
-    text = f"event store {path}: {error}"
-    if isinstance(error, lmdb.MapFullError):
-        return OperationalError(f"{text} (the map is full: open it with a larger LMDB_MAP_SIZE)")
-    if isinstance(error, _OPERATIONAL):
-        return OperationalError(text)
-    if isinstance(error, lmdb.BadValsizeError):
-        return DataError(text)
-    if isinstance(error, _INTERNAL):
-        return InternalError(text)
-    if isinstance(error, (lmdb.ReadonlyError, lmdb.BadTxnError)):
-        return ProgrammingError(text)
-    if type(error) is lmdb.Error:
-        # Without a class of its own, a positive code is an errno of the file system, and 0 is the
-        # binding's own refusal: the path is open elsewhere in the process, or an object was used
-        # after it was closed.
-        code: int = getattr(error, "code", 0)
-        return OperationalError(text) if code > 0 else InterfaceError(text)
-    return PersistenceError(text)
-
-
-@contextmanager
-def _mapped_errors(path: str) -> Iterator[None]:
-    try:
-        yield
-    except lmdb.Error as error:
-        raise _library_error(error, path) from error
-
-
-class _Shared:
-    """What all handles on one path share, under ``condition``. LMDB serialises the writers."""
-
-    __slots__ = (
-        "condition",
-        "databases",
-        "handles",
-        "key",
-        "lmdb",
-        "opening",
-        "pid",
-        "readonly",
-        "threads",
-        "writer",
-    )
-
-    def __init__(self, key: str, environment: lmdb.Environment, *, readonly: bool) -> None:
-        self.key = key
-        self.lmdb = environment
-        self.readonly = readonly
-        self.pid = os.getpid()
-        self.handles = 0
-        self.databases: dict[bytes, Database] = {}
-        self.condition = threading.Condition()
-        self.opening = threading.Lock()
-        #: Transactions in flight by thread, and the thread that is writing.
-        self.threads: dict[int, int] = {}
-        self.writer: int | None = None
-
-
-class _Registry:
-    """The environments that are open in this process, by real path; only to be used while it is
-    ``held``.
-    """
-
-    __slots__ = ("holder", "late", "lock", "shared")
-
-    def __init__(self) -> None:
-        self.shared: dict[str, _Shared] = {}
-        self.late: list[LMDBEnvironment] = []
-        self.renew_lock()
-
-    def renew_lock(self) -> None:
-        self.lock = threading.Lock()
-        self.holder: int | None = None
-
-    @contextmanager
-    def held(self) -> Iterator[None]:
-        """Hold the lock. The garbage collector may run at any moment, and close a forgotten handle
-        in the very thread that holds it: such a handle waits in ``late``, and is closed afterwards.
-        """
-        with self.lock:
-            self.holder = threading.get_ident()
-            try:
-                yield
-            finally:
-                self.holder = None
-        while self.late:
-            self.late.pop().close()
-
-
-_registry = _Registry()
-# Another thread may hold the lock at the moment of a fork; in the child nobody would release it.
-os.register_at_fork(after_in_child=_registry.renew_lock)
 
 
 class LMDBEnvironment:
@@ -185,7 +70,7 @@ class LMDBEnvironment:
 
     __slots__ = ("_closed", "_readonly", "_shared", "path")
 
-    def __init__(self, shared: _Shared, *, readonly: bool) -> None:
+    def __init__(self, shared: Shared, *, readonly: bool) -> None:
         self._shared = shared
         self._readonly = readonly
         self._closed = False
@@ -199,35 +84,34 @@ class LMDBEnvironment:
         map_size: int | None = None,
         max_readers: int = MAX_READERS_DEFAULT,
         readonly: bool = False,
+        verify: bool = False,
     ) -> LMDBEnvironment:
         """Open the environment in directory ``path``, or share the one that is open already.
 
         The directory is made (mode 0700) if it is missing; its parent must exist. Files have mode
-        0600. Every commit is fully synced. ``map_size`` is the most bytes that the data file may
-        ever take; None reserves 1 TiB of address space, or less where that is limited. When the
-        environment is shared, ``map_size`` and ``max_readers`` of whoever opened it first hold.
-        ``readonly`` is for other processes than the writer's: it makes nothing and refuses writes.
-        Slots of readers that died are cleared.
+        0600. Every commit is fully synced. ``map_size`` is the bytes of address space that the data
+        file begins with; it grows by itself. None reserves 1 TiB, or less where that is limited, so
+        that growing is the exception. When the environment is shared, ``map_size`` and
+        ``max_readers`` of whoever opened it first hold. ``readonly`` is for other processes than
+        the writer's: it makes nothing and refuses writes. Slots of readers that died are cleared.
+        A file that was cut short is always found; with ``verify`` every page is looked at first, if
+        this opens the file and nobody else has it open (see `datafile.check_structure`).
 
         Raises OperationalError (nothing there to read, file system, address space), InternalError
-        (not an LMDB file), InterfaceError (forked process; open here read-only and wanted for
-        writing), ProgrammingError (bad size).
+        (not an LMDB file, or one that is damaged), InterfaceError (forked process; open here
+        read-only and wanted for writing), ProgrammingError (bad size).
         """
-        _check_limits(map_size, max_readers)
+        mapping.check_limits(map_size, max_readers)
         key = os.path.realpath(path)
-        with _registry.held():
-            shared = _registry.shared.get(key)
+        with registry.held():
+            shared = registry.shared.get(key)
             if shared is not None:
-                _check_owner(shared)
+                shared.check_owner()
                 if shared.readonly and not readonly:
                     raise InterfaceError(f"event store {key} is open read-only in this process")
             else:
-                try:
-                    with _mapped_errors(key):
-                        shared = _open_shared(key, map_size, max_readers, readonly=readonly)
-                except OSError as error:
-                    raise OperationalError(f"event store {key}: {error.strerror}") from error
-                _registry.shared[key] = shared
+                shared = _open_shared(key, map_size, max_readers, readonly=readonly, verify=verify)
+                registry.shared[key] = shared
             shared.handles += 1
         return cls(shared, readonly=readonly)
 
@@ -246,28 +130,28 @@ class LMDBEnvironment:
         """Give up this handle; the last one waits for transactions in flight, then closes.
 
         Calling it again does nothing, nor does it in a forked child (the parent owns the
-        environment). Raises InterfaceError if called from inside one of its own transactions.
+        environment). Raises InterfaceError if called from inside one of its own transactions. From
+        inside a transaction of another handle it takes effect when that has ended.
         """
         shared = self._shared
         if shared.pid != os.getpid():
             self._closed = True
         if self._is_closed():
             return
-        if _registry.holder == threading.get_ident():
-            _registry.late.append(self)
+        if any(handle is self for handle in inside.handles):
+            raise InterfaceError(f"event store {self.path} closed inside a transaction")
+        if put_off(self):
             return
         # The registry's lock to the end: nobody may open the path again before it is really closed.
-        with _registry.held(), shared.condition:
+        with registry.held(), shared.guard as condition:
             if self._is_closed():
                 return
-            if threading.get_ident() in shared.threads:
-                raise InterfaceError(f"event store {self.path} closed inside a transaction")
             self._closed = True
             shared.handles -= 1
             if shared.handles == 0:
-                shared.condition.wait_for(lambda: not shared.threads)
+                condition.wait_for(lambda: not shared.threads)
                 shared.lmdb.close()
-                del _registry.shared[shared.key]
+                del registry.shared[shared.key]
 
     def _is_closed(self) -> bool:
         """Asked again under the lock: another thread may have closed it meanwhile."""
@@ -278,163 +162,287 @@ class LMDBEnvironment:
 
         It must not keep the transaction, nor open or close environments. It sees one committed
         state and never waits for the writer. Keep it short: pages that it may still see cannot be
-        reused. Raises what ``function`` raises, LMDB's errors as the library's.
+        reused, and a map that must grow waits for it. Raises what ``function`` raises, LMDB's
+        errors as the library's.
         """
-        with self._in_flight(), _mapped_errors(self.path), self._shared.lmdb.begin() as txn:
-            return function(txn)
+
+        def once() -> T:
+            with self._shared.lmdb.begin() as txn:
+                return function(txn)
+
+        return self._attempt(once)
 
     def write(self, function: Callable[[Transaction], T]) -> T:
         """Run ``function`` in one write transaction; when this returns, its changes are durable.
 
-        It must not keep the transaction, nor open or close environments. Waits, without time limit,
-        for other writers of any process. If ``function`` raises, nothing is stored and the error
-        passes through. OperationalError from the commit itself (full disk, input/output error):
-        nothing of it is seen by later reads, but after a failed sync what a restart finds is only
-        known by looking. Raises ProgrammingError for a read-only handle and for a write inside a
-        write.
+        It must not keep the transaction, nor open or close environments. It is run again from the
+        start if the map has to grow. Waits, without time limit, for other writers of any process.
+        If ``function`` raises, nothing is stored and the error passes through. OperationalError
+        from the commit itself (full disk, input/output error, a map that may not grow): nothing of
+        it is seen by later reads, but after a failed sync what a restart finds is only known by
+        looking. Raises ProgrammingError for a read-only handle and for a write inside a write.
         """
         if self._readonly:
             raise ProgrammingError(f"event store {self.path} is open read-only")
+        result = self._attempt(lambda: self._write_once(function))
+        self._tell_listeners()
+        return result
+
+    def commit(self, operations: Sequence[Operation[Any]]) -> list[Any]:
+        """Run all operations in one write transaction; when this returns, they are durable.
+
+        For each its result, or the exception that it failed with, as an instance. An operation sees
+        what those before it wrote. One that fails takes no other down. Raises, as `write`, only if
+        the commit itself fails; then nothing of any of them is stored.
+        """
+        if self._readonly:
+            raise ProgrammingError(f"event store {self.path} is open read-only")
+        group = Group(operations, self.path)
+        while True:
+            try:
+                self._attempt(lambda: self._write_once(group.run))
+            except PutError:
+                continue
+            except NothingToCommitError:
+                return group.results()
+            group.committed()
+            self._tell_listeners()
+            return group.results()
+
+    def commit_one(self, operation: Operation[T]) -> T:
+        """Commit one operation by itself; what it fails with is raised."""
+        (result,) = self.commit([operation])
+        if isinstance(result, Exception):
+            raise result
+        return cast("T", result)
+
+    def _write_once(self, function: Callable[[Transaction], T]) -> T:
         shared = self._shared
         thread = threading.get_ident()
-        with self._in_flight(), _mapped_errors(self.path):
-            if shared.writer == thread:
-                raise ProgrammingError("a write transaction inside another would wait for itself")
-            txn = shared.lmdb.begin(write=True)
-            shared.writer = thread
+        if shared.writer == thread:
+            raise ProgrammingError("a write transaction inside another would wait for itself")
+        txn = shared.lmdb.begin(write=True)
+        shared.writer = thread
+        try:
             try:
-                try:
-                    result = function(txn)
-                    observe_commit("before-commit", self.path)
-                except BaseException:
-                    txn.abort()
-                    raise
-                txn.commit()
-            finally:
-                # The next writer may have put its own name here already.
-                if shared.writer == thread:
-                    shared.writer = None
-            observe_commit("after-commit", self.path)
-            return result
+                result = function(txn)
+                observe_commit("before-commit", self.path)
+            except BaseException:
+                txn.abort()
+                raise
+            txn.commit()
+        finally:
+            # The next writer may have put its own name here already.
+            if shared.writer == thread:
+                shared.writer = None
+        observe_commit("after-commit", self.path)
+        return result
 
-    def database(self, name: str, *, dupsort: bool = False, create: bool = True) -> Database:
-        """The named database. A missing one is made if ``create`` and the handle may write.
+    def database(
+        self,
+        name: str,
+        *,
+        dupsort: bool = False,
+        create: bool = True,
+        fill: Callable[[Transaction, Database], None] | None = None,
+    ) -> Database:
+        """The named database. A missing one is made if ``create`` and the handle may write, and
+        filled by ``fill`` in the same transaction.
 
         Raises OperationalError if it is missing and not to be made, or if there are too many,
-        ProgrammingError if called for the first time inside a write.
+        ProgrammingError if called for the first time inside a transaction.
         """
+        found = self.find_database(name, dupsort=dupsort)
+        if found is not None:
+            return found
+        if not create or self._readonly:
+            raise OperationalError(f"event store {self.path} has no {name!r}")
         shared = self._shared
-        _check_owner(shared)
+        key = name.encode()
+        with shared.opening:
+            found = shared.databases.get(key)
+            if found is None:
+
+                def make(txn: Transaction) -> Database:
+                    made = shared.lmdb.open_db(key, txn=txn, dupsort=dupsort)
+                    if fill is not None:
+                        fill(txn, made)
+                    return made
+
+                found = shared.databases[key] = self.write(make)
+        close_late()
+        return found
+
+    def find_database(self, name: str, *, dupsort: bool = False) -> Database | None:
+        """The named database, or None if there is none. Raises ProgrammingError as `database`."""
+        shared = self._shared
+        shared.check_owner()
         key = name.encode()
         found = shared.databases.get(key)
         if found is not None:
             return found
-        if shared.writer == threading.get_ident():
-            raise ProgrammingError(f"{name!r} must be opened before the write that uses it")
-
+        if threading.get_ident() in shared.threads:
+            # It would be lost if that transaction is aborted, and could wait for it for ever.
+            raise ProgrammingError(f"{name!r} must be opened before the transaction that uses it")
         # LMDB forbids two transactions of a process to open databases at the same time.
         with shared.opening:
-            # Without a transaction of ours: the binding recycles its read transactions, and a
-            # database opened in one of those is lost again.
-            with self._in_flight(), _mapped_errors(self.path), suppress(lmdb.NotFoundError):
-                found = shared.lmdb.open_db(key, dupsort=dupsort, create=False)
-            if found is None and create and not self._readonly:
-                found = self.write(lambda txn: shared.lmdb.open_db(key, txn=txn, dupsort=dupsort))
+            found = shared.databases.get(key)
             if found is None:
-                raise OperationalError(f"event store {self.path} has no {name!r}")
-            shared.databases[key] = found
+                with suppress(lmdb.NotFoundError):
+                    found = self._attempt(
+                        lambda: self._open_existing(key, dupsort=dupsort),
+                        passing=lmdb.NotFoundError,
+                    )
+                if found is not None:
+                    shared.databases[key] = found
+        close_late()
         return found
 
-    @contextmanager
-    def _in_flight(self) -> Iterator[None]:
+    def _open_existing(self, key: bytes, *, dupsort: bool) -> Database:
+        """In a write transaction, which writes nothing: the binding recycles its read transactions,
+        and a database opened in one of those is lost again. It must be one of ours: the binding's
+        own would hold the interpreter's lock while it waits for another writer, who needs it.
+        """
+        opened = self._shared.lmdb
+        if self._shared.readonly:
+            return opened.open_db(key, dupsort=dupsort, create=False)
+        with opened.begin(write=True) as txn:
+            return opened.open_db(key, txn=txn, dupsort=dupsort, create=False)
+
+    def opened_database(self, name: str) -> Database | None:
+        """The named database if this process has it open already; looks nowhere else."""
+        return self._shared.databases.get(name.encode())
+
+    def last_transaction(self) -> int:
+        """The id of the last committed transaction of any process: it moves with every commit.
+
+        Costs a few microseconds, so that it can be polled to see other processes' commits.
+        """
+        number: int = self._attempt(self._shared.lmdb.info)["last_txnid"]
+        return number
+
+    def check_readers(self) -> int:
+        """Clear the slots of readers that died, whose pages could not be reused; how many."""
+        return self._attempt(self._shared.lmdb.reader_check)
+
+    def add_listener(self, listener: Callable[[], None]) -> None:
+        """Call ``listener`` after every commit that is made in this process on this path.
+
+        It is called on the committing thread, outside of the transaction, and must neither block
+        nor raise: what it raises is logged, because the commit is durable. Adding one twice is
+        adding it once.
+        """
+        self._shared.listeners[listener] = None
+
+    def remove_listener(self, listener: Callable[[], None]) -> None:
+        """Never call ``listener`` again, but for a call that is under way. One that is not there is
+        no error, nor is a closed handle.
+        """
+        self._shared.listeners.pop(listener, None)
+
+    def _tell_listeners(self) -> None:
+        for listener in tuple(self._shared.listeners):
+            try:
+                listener()
+            except Exception:  # noqa: BLE001 -- logged with its traceback
+                # Raised here it would tell the writer that a durable commit has failed.
+                _log.exception("event store %s: a commit listener failed", self.path)
+
+    def _attempt(self, once: Callable[[], T], *, passing: type[lmdb.Error] | tuple[()] = ()) -> T:
+        """Run ``once``, which is a whole transaction, again if the map had to change. LMDB's errors
+        arrive as the library's, except ``passing``.
+        """
+        for _ in range(ATTEMPTS_MAX):
+            size = self._enter()
+            try:
+                return once()
+            except (lmdb.MapFullError, lmdb.MapResizedError) as error:
+                cause = error
+            except passing:
+                raise
+            except lmdb.Error as error:
+                raise library_error(error, self.path) from error
+            finally:
+                self._leave()
+            self._change_map(size, cause, grow=isinstance(cause, lmdb.MapFullError))
+        raise OperationalError(f"event store {self.path}: the map changes all the time")
+
+    def _enter(self) -> int:
+        """A transaction begins on this thread; the size of the map that it finds."""
         shared = self._shared
-        _check_owner(shared)
+        shared.check_owner()
         thread = threading.get_ident()
-        with shared.condition:
+        with shared.guard as condition:
+            count = shared.threads.get(thread, 0)
+            if shared.growing and not count:
+                condition.wait_for(lambda: not shared.growing)
             if self._closed:
                 raise InterfaceError(f"event store {self.path} is closed")
-            shared.threads[thread] = shared.threads.get(thread, 0) + 1
-        try:
-            yield
-        finally:
-            with shared.condition:
-                shared.threads[thread] -= 1
-                if not shared.threads[thread]:
-                    del shared.threads[thread]
-                    shared.condition.notify_all()
+            shared.threads[thread] = count + 1
+            size = shared.map_size
+        inside.handles.append(self)
+        return size
+
+    def _leave(self) -> None:
+        shared = self._shared
+        thread = threading.get_ident()
+        inside.handles.pop()
+        with shared.guard as condition:
+            count = shared.threads[thread] - 1
+            if count:
+                shared.threads[thread] = count
+            else:
+                del shared.threads[thread]
+                condition.notify_all()
+        close_late()
+
+    def _change_map(self, seen: int, cause: lmdb.Error, *, grow: bool) -> None:
+        """Give the map another size, with no transaction open in this process.
+
+        Raises OperationalError if it may not grow, or if this thread is inside a transaction that
+        it would wait for.
+        """
+        shared = self._shared
+        with shared.guard as condition:
+            if threading.get_ident() in shared.threads:
+                raise library_error(cause, self.path) from cause
+            condition.wait_for(lambda: not shared.growing)
+            if shared.map_size == seen:
+                shared.growing = True
+                try:
+                    condition.wait_for(lambda: not shared.threads)
+                    if self._closed:
+                        raise InterfaceError(f"event store {self.path} is closed")
+                    _change_map_now(shared, seen, grow=grow)
+                finally:
+                    shared.growing = False
+                    condition.notify_all()
+        close_late()
 
 
-def _check_limits(map_size: int | None, max_readers: int) -> None:
-    if map_size is not None and not MAP_SIZE_BYTES_MIN <= map_size <= MAP_SIZE_BYTES_MAX:
-        raise ProgrammingError(
-            f"LMDB map size {map_size} is not within "
-            f"{MAP_SIZE_BYTES_MIN}..{MAP_SIZE_BYTES_MAX} bytes"
-        )
-    if not 1 <= max_readers <= MAX_READERS_LIMIT:
-        raise ProgrammingError(
-            f"LMDB max readers {max_readers} is not within 1..{MAX_READERS_LIMIT}"
-        )
-
-
-def _check_owner(shared: _Shared) -> None:
-    """An inherited environment seems to work in a child, and shares the parent's lock slots: refuse
-    it.
-    """
-    if shared.pid != os.getpid():
-        raise InterfaceError(
-            f"event store {shared.key} was opened before this process was forked: "
-            "start processes by spawn"
-        )
-
-
-def _open_shared(key: str, map_size: int | None, max_readers: int, *, readonly: bool) -> _Shared:
-    if readonly:
-        data = Path(key) / "data.mdb"
-        # LMDB makes the file before it writes its first pages: an empty one is no environment yet.
-        if not data.is_file() or data.stat().st_size == 0:
-            raise OperationalError(f"there is no event store in {key}")
-    elif not os.path.isdir(key):
-        os.mkdir(key, 0o700)
-    environment = _open_lmdb(key, map_size, max_readers, readonly=readonly)
+def _open_shared(
+    key: str, map_size: int | None, max_readers: int, *, readonly: bool, verify: bool
+) -> Shared:
     try:
-        if not readonly:
-            # LMDB syncs what is in its files but not their names.
-            _sync_directory(key)
-            _sync_directory(os.path.dirname(key))
-        environment.reader_check()
-    except BaseException:
-        environment.close()
-        raise
-    return _Shared(key, environment, readonly=readonly)
+        opened = mapping.open_environment(
+            key, map_size, max_readers, readonly=readonly, verify=verify
+        )
+        return Shared(key, opened, mapping.map_size(opened), readonly=readonly)
+    except lmdb.Error as error:
+        raise library_error(error, key) from error
+    except OSError as error:
+        raise OperationalError(f"event store {key}: {error.strerror}") from error
 
 
-def _open_lmdb(
-    key: str, map_size: int | None, max_readers: int, *, readonly: bool
-) -> lmdb.Environment:
-    sizes = MAP_SIZE_RESERVES if map_size is None else (map_size,)
-    for attempt, size in enumerate(sizes, start=1):
-        try:
-            return lmdb.Environment(
-                key,
-                map_size=size + -size % os.sysconf("SC_PAGE_SIZE"),
-                readonly=readonly,
-                create=False,
-                mode=0o600,
-                max_readers=max_readers,
-                max_dbs=MAX_DATABASES,
-                # A replay touches pages all over the file: reading ahead of each fault only delays
-                # it.
-                readahead=False,
-            )
-        except lmdb.MemoryError:
-            if attempt == len(sizes):
-                raise
-    raise AssertionError("unreachable: the last attempt returns or raises")
-
-
-def _sync_directory(path: str) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+def _change_map_now(shared: Shared, seen: int, *, grow: bool) -> None:
     try:
-        os.fsync(fd)
+        # Another process may have made it larger already.
+        mapping.adopt(shared.lmdb)
+        if grow and mapping.map_size(shared.lmdb) <= seen:
+            mapping.grow(shared.lmdb, shared.key, seen)
+    except lmdb.Error as error:
+        raise library_error(error, shared.key) from error
+    except OSError as error:
+        raise OperationalError(f"event store {shared.key}: {error.strerror}") from error
     finally:
-        os.close(fd)
+        shared.map_size = mapping.map_size(shared.lmdb)

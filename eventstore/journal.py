@@ -14,16 +14,46 @@ from typing import TYPE_CHECKING
 import xxhash
 from eventsourcing.persistence import DataError, InternalError, OperationalError, ProgrammingError
 
-from eventstore.environment import LMDBEnvironment
-from eventstore.recorders import check_name
+from eventstore.environment import LMDBEnvironment, Operation
+from eventstore.mapping import check_name
 
 if TYPE_CHECKING:
-    from eventstore.environment import Transaction
+    from eventstore.environment import Database, Transaction
 
 KEY_BYTES_MAX = 400
 VALUE_BYTES_MAX = 1 << 20
 ENTRIES_MAX = 1 << 16
 _CHECK_BYTES = 8
+
+
+class _Change:
+    """Rows of a journal to store, and keys to remove."""
+
+    __slots__ = ("_database", "_gone", "_name", "_rows")
+
+    def __init__(
+        self, database: Database, name: str, rows: list[tuple[bytes, bytes]], gone: list[bytes]
+    ) -> None:
+        self._database = database
+        self._name = name
+        self._rows = rows
+        self._gone = gone
+
+    def check(self, txn: Transaction) -> None:
+        """How many entries there are is only known afterwards."""
+
+    def put(self, txn: Transaction) -> None:
+        for key in self._gone:
+            txn.delete(key, db=self._database)
+        for key, value in self._rows:
+            txn.put(key, _check(key, value) + value, db=self._database)
+        if self._rows and txn.stat(self._database)["entries"] > ENTRIES_MAX:
+            raise OperationalError(
+                f"journal {self._name!r} has {ENTRIES_MAX} entries that nobody settles"
+            )
+
+    def committed(self) -> None:
+        """Nothing is cached."""
 
 
 class Journal:
@@ -63,26 +93,22 @@ class Journal:
         Raises DataError (key not 1..400 bytes of UTF-8, value over 1 MiB), ProgrammingError (a key
         in both), OperationalError (65 536 entries: nobody settles them).
         """
+        if puts or deletes:
+            self.environment.commit_one(self.prepare_change(puts, deletes))
+
+    def prepare_change(
+        self, puts: Mapping[str, bytes] | None = None, deletes: Collection[str] = ()
+    ) -> Operation[None]:
+        """What `change` does, as an operation for `LMDBEnvironment.commit`.
+
+        Raises DataError and ProgrammingError as `change`; too many entries is what it fails with.
+        """
         puts = puts or {}
         rows = [(_key(key), _checked_value(value)) for key, value in puts.items()]
         gone = [_key(key) for key in deletes]
         if not puts.keys().isdisjoint(deletes):
             raise ProgrammingError("a journal key is both stored and removed in one change")
-        if not rows and not gone:
-            return
-        database = self.environment.database(self._database_name)
-
-        def change(txn: Transaction) -> None:
-            for key in gone:
-                txn.delete(key, db=database)
-            for key, value in rows:
-                txn.put(key, _check(key, value) + value, db=database)
-            if rows and txn.stat(database)["entries"] > ENTRIES_MAX:
-                raise OperationalError(
-                    f"journal {self.name!r} has {ENTRIES_MAX} entries that nobody settles"
-                )
-
-        self.environment.write(change)
+        return _Change(self.environment.database(self._database_name), self.name, rows, gone)
 
     def get(self, key: str) -> bytes | None:
         """The entry under ``key`` or None. Raises InternalError if it is damaged, DataError for a

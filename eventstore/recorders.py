@@ -1,78 +1,49 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""The recorders of the `eventsourcing` library over LMDB: aggregate sequences and an application's
-notification log.
-
-Layout of one log, three named databases: ``log`` (notification id → record), ``index`` (aggregate
-id → version and notification id, sorted duplicates), ``topics`` (number → topic).
-`eventstore.records` has the bytes.
+"""The recorders of the `eventsourcing` library over LMDB: aggregate sequences, an application's
+notification log, and a log that also tracks what it has processed.
 
 All calls block and each is one complete transaction; see `eventstore.environment` for use from
 trio. Every record's checksum is verified when it is read. LMDB's errors arrive as the library's.
+`eventstore.eventlog` has the layout of a log.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 from eventsourcing.persistence import (
     AggregateRecorder,
     ApplicationRecorder,
-    IntegrityError,
-    InternalError,
     Notification,
     NotSupportedError,
-    OperationalError,
-    ProgrammingError,
+    ProcessRecorder,
     StoredEvent,
     Subscription,
+    Tracking,
 )
 
 from eventstore import records
-from eventstore.environment import LMDBEnvironment
+from eventstore.environment import LMDBEnvironment, Operation
+from eventstore.eventlog import EventLog
+from eventstore.mapping import check_name
+from eventstore.operations import Drop, Insert
+from eventstore.subscription import LMDBSubscription
+from eventstore.tracking import LMDBTrackingRecorder
+from eventstore.tree import TreeLog
 
 if TYPE_CHECKING:
-    from eventstore.environment import Cursor, Database, Transaction
-
-NAME_BYTES_MAX = 100
-TOPICS_MAX = 1 << 16
-
-
-class _Databases(NamedTuple):
-    log: Database
-    places: Database
-    topics: Database
-
-
-class _Pending(NamedTuple):
-    """An event that has passed the checks and waits for its notification id."""
-
-    event: StoredEvent
-    key: bytes
-
-
-class _Topics:
-    """The interned topics as far as they are known to be committed."""
-
-    __slots__ = ("by_name", "by_number")
-
-    def __init__(self) -> None:
-        self.by_name: dict[str, int] = {}
-        self.by_number: dict[int, str] = {}
-
-    def add(self, number: int, topic: str) -> None:
-        # By number first: whoever finds the name in another thread can find the number too.
-        self.by_number[number] = topic
-        self.by_name[topic] = number
+    from eventstore.environment import Transaction
 
 
 class LMDBAggregateRecorder(AggregateRecorder):
     """Stores and selects the events of aggregates.
 
     ``application`` and ``purpose`` name the log inside the environment: applications never see each
-    other's events. With ``create`` false, or a read-only environment, a missing log is an
-    OperationalError at first use.
+    other's events. With ``tree`` the log gets a Merkle tree over its events, with ``topic_index``
+    an index by topic. With ``create`` false, or a read-only environment, a missing log is an
+    OperationalError at first use. A log that has a tree or a topic index keeps it, whoever writes.
     """
 
     def __init__(
@@ -82,16 +53,33 @@ class LMDBAggregateRecorder(AggregateRecorder):
         purpose: str = "events",
         *,
         create: bool = True,
+        tree: bool = False,
+        topic_index: bool = False,
     ) -> None:
         check_name(application, "application")
         check_name(purpose, "purpose")
         self.environment = environment
         self._prefix = f"events/{application}/{purpose}/"
         self._create = create and not environment.readonly
-        self._opened: _Databases | None = None
-        self._topics = _Topics()
+        self._with_tree = tree
+        self._with_topic_index = topic_index
+        self._opened: EventLog | None = None
         if self._create:
-            self._databases()
+            self._log()
+
+    def prepare(
+        self, stored_events: Sequence[StoredEvent], tracking: Tracking | None = None
+    ) -> Operation[list[int]]:
+        """An operation that stores all events, or none, for `LMDBEnvironment.commit`; it gives
+        their notification ids.
+
+        It fails as `insert_events` raises. Raises NotSupportedError if asked to store a tracking
+        position, OperationalError if the log is not there.
+        """
+        if tracking is not None:
+            # Storing the events without their position would process them twice after a restart.
+            raise NotSupportedError(f"{type(self).__qualname__} does not record tracking positions")
+        return Insert(self._log(), stored_events)
 
     def insert_events(
         self, stored_events: Sequence[StoredEvent], **kwargs: Any
@@ -106,6 +94,14 @@ class LMDBAggregateRecorder(AggregateRecorder):
         self._insert(stored_events, **kwargs)
         return None
 
+    def _insert(
+        self, stored_events: Sequence[StoredEvent], tracking: Tracking | None = None, **_: Any
+    ) -> list[int]:
+        operation = self.prepare(stored_events, tracking)
+        if not stored_events and tracking is None:
+            return []
+        return self.environment.commit_one(operation)
+
     def select_events(
         self,
         originator_id: UUID | str,
@@ -118,129 +114,83 @@ class LMDBAggregateRecorder(AggregateRecorder):
         """The events of one aggregate by version, ascending or (``desc``) descending.
 
         ``gt`` is exclusive, ``lte`` inclusive; a ``limit`` below 1 selects nothing. A UUID and the
-        text of it are two different aggregates. Raises InternalError naming the notification id of
-        a damaged record.
+        text of it are two different aggregates. Events at or below the log's floor have been moved
+        away. Raises InternalError naming the notification id of a damaged record.
         """
         key = records.originator_key(originator_id)
         low = 0 if gt is None else max(gt + 1, 0)
         high = records.VERSION_MAX if lte is None else min(lte, records.VERSION_MAX)
         if low > high or (limit is not None and limit < 1):
             return []
-        databases = self._databases()
+        log = self._log()
+        return self.environment.read(
+            lambda txn: log.events(txn, originator_id, key, (low, high), desc=desc, limit=limit)
+        )
 
-        def select(txn: Transaction) -> list[StoredEvent]:
-            with txn.cursor(databases.places) as cursor:
-                entries = _entries(cursor, key, low, high, desc=desc)
-                return [
-                    self._event_at(txn, databases, (originator_id, key, version), nid)
-                    for _, (version, nid) in zip(_counter(limit), entries, strict=False)
-                ]
+    @property
+    def tree(self) -> TreeLog | None:
+        """The Merkle tree over the log, None if it has none. Raises OperationalError if there is
+        no log.
+        """
+        return self._log().tree
 
-        return self.environment.read(select)
+    def leaf_hashes(self, txn: Transaction, first_nid: int, count: int) -> list[bytes]:
+        """The tree's leaves of ``count`` events from ``first_nid`` on, computed from the records,
+        in the caller's read transaction.
 
-    def _event_at(
-        self,
-        txn: Transaction,
-        databases: _Databases,
-        place: tuple[UUID | str, bytes, int],
-        nid: int,
-    ) -> StoredEvent:
-        """The event that the index says is at ``place``: (id, its key, version)."""
-        originator_id, key, version = place
-        raw = txn.get(records.pack_u64(nid), db=databases.log)
-        if raw is None:
-            raise InternalError(f"event {nid} is missing from the log, but the index names it")
-        record = records.decode_record(nid, raw)
-        if record.key != key or record.version != version:
-            raise InternalError(f"event {nid} is not the one that the index names")
-        topic = self._topic(txn, databases, record.topic, nid)
-        return StoredEvent(originator_id, version, topic, record.state)
+        Raises InternalError naming an event that is damaged or not there.
+        """
+        return self._log().leaf_hashes(txn, first_nid, count)
 
-    def _insert(self, stored_events: Sequence[StoredEvent], **kwargs: Any) -> list[int]:
-        if kwargs.get("tracking") is not None:
-            # Storing the events without their position would process them twice after a restart.
-            raise NotSupportedError(f"{type(self).__qualname__} does not record tracking positions")
-        if not stored_events:
-            return []
-        databases = self._databases()
-        new_topics: dict[str, int] = {}
+    def verify(self) -> int:
+        """Look at every event that is above the floor; how many there are.
 
-        def insert(txn: Transaction) -> list[int]:
-            pending = _check_unique(txn, databases, stored_events)
-            first = _last_nid(txn, databases) + 1
-            nids = list(range(first, first + len(pending)))
-            for nid, (event, key) in zip(nids, pending, strict=True):
-                number = self._topic_number(txn, databases, event.topic, new_topics)
-                record = records.encode_record(
-                    nid, number, event.originator_version, key, event.state
-                )
-                entry = records.pack_entry(event.originator_version, nid)
-                # In key order, so that the log's pages are filled; False would mean that the log
-                # moved under us.
-                stored = txn.put(records.pack_u64(nid), record, append=True, db=databases.log)
-                if not stored or not txn.put(key, entry, db=databases.places):
-                    raise InternalError(f"event {nid} is already there")
-            return nids
+        Raises InternalError naming the first whose record, index entry, topic or topic index entry
+        is damaged or missing: a damaged index can otherwise only hide events. The tree is verified
+        by `TreeLog.verify`.
+        """
+        return self._log().verify()
 
-        nids = self.environment.write(insert)
-        # Only now: a number that was given in an aborted transaction will be given to another
-        # topic.
-        for topic, number in new_topics.items():
-            self._topics.add(number, topic)
-        return nids
+    def first_nid(self) -> int:
+        """The first notification id that is not below the floor, whether it is stored or not."""
+        log = self._log()
+        return self.environment.read(log.floor) + 1
 
-    def _topic_number(
-        self, txn: Transaction, databases: _Databases, topic: str, new: dict[str, int]
-    ) -> int:
-        number = self._topics.by_name.get(topic, new.get(topic))
-        if number is not None:
-            return number
-        if not new:
-            # Another recorder or process may have added it; once this transaction writes rows, they
-            # are not committed.
-            self._load_topics(txn, databases)
-            number = self._topics.by_name.get(topic)
-            if number is not None:
-                return number
-        number = len(self._topics.by_number) + len(new)
-        if number >= TOPICS_MAX:
-            raise OperationalError(f"{number} topics are in use, and no more are allowed")
-        key, value = records.encode_topic(number, topic)
-        if not txn.put(key, value, overwrite=False, db=databases.topics):
-            raise InternalError(f"topic {number} is already there")
-        new[topic] = number
-        return number
-
-    def _topic(self, txn: Transaction, databases: _Databases, number: int, nid: int) -> str:
-        topic = self._topics.by_number.get(number)
-        if topic is None:
-            self._load_topics(txn, databases)
-            topic = self._topics.by_number.get(number)
-            if topic is None:
-                raise InternalError(f"event {nid} has topic number {number}, which is not there")
-        return topic
-
-    def _load_topics(self, txn: Transaction, databases: _Databases) -> None:
-        with txn.cursor(databases.topics) as cursor:
-            for key, value in cursor:
-                self._topics.add(*records.decode_topic(key, value))
-
-    def _databases(self) -> _Databases:
+    def _log(self) -> EventLog:
         if self._opened is None:
-            self._opened = _Databases(
-                log=self.environment.database(self._prefix + "log", create=self._create),
-                places=self.environment.database(
-                    self._prefix + "index", dupsort=True, create=self._create
-                ),
-                topics=self.environment.database(self._prefix + "topics", create=self._create),
+            self._opened = EventLog(
+                self.environment,
+                self._prefix,
+                create=self._create,
+                indexed=self._with_topic_index,
+                tree=self._with_tree,
             )
+        elif self._opened.by_topic is None or self._opened.tree is None:
+            self._opened.adopt_companions()
         return self._opened
 
 
 class LMDBApplicationRecorder(LMDBAggregateRecorder, ApplicationRecorder):
     """Also gives the events of all aggregates in the order in which they were stored, numbered 1,
     2, 3, …
+
+    By default with a topic index: without one, notifications of few topics are found by reading
+    all.
     """
+
+    def __init__(
+        self,
+        environment: LMDBEnvironment,
+        application: str = "",
+        purpose: str = "events",
+        *,
+        create: bool = True,
+        tree: bool = False,
+        topic_index: bool = True,
+    ) -> None:
+        super().__init__(
+            environment, application, purpose, create=create, tree=tree, topic_index=topic_index
+        )
 
     def insert_events(
         self, stored_events: Sequence[StoredEvent], **kwargs: Any
@@ -262,123 +212,98 @@ class LMDBApplicationRecorder(LMDBAggregateRecorder, ApplicationRecorder):
         """At most ``limit`` notifications from ``start`` (None: the first) to ``stop`` (inclusive),
         ascending.
 
-        With ``topics`` only those are selected and counted. Raises InternalError naming a damaged
-        or missing record.
+        With ``topics`` only those are selected and counted. What is at or below the log's floor has
+        been moved away, and asking for it is no error. Raises InternalError naming a damaged or
+        missing record.
         """
         low = 1 if start is None else start
         if start is not None and not inclusive_of_start:
             low += 1
         low = max(low, 1)
-        if limit < 1 or low > records.VERSION_MAX or (stop is not None and stop < low):
-            return []
-        databases = self._databases()
+        found: list[Notification] = []
+        while len(found) < limit and low <= records.VERSION_MAX and (stop is None or low <= stop):
+            page, seen = self._page(low, stop, limit - len(found), topics)
+            found += page
+            if seen < low:
+                break
+            low = seen + 1
+        return found
 
-        def select(txn: Transaction) -> list[Notification]:
-            found: list[Notification] = []
-            for nid, raw in _log(txn, databases, low, stop):
-                record = records.decode_record(nid, raw)
-                topic = self._topic(txn, databases, record.topic, nid)
-                if topics and topic not in topics:
-                    continue
-                originator_id = records.originator_id(record.key)
-                found.append(
-                    Notification(originator_id, record.version, topic, record.state, id=nid)
-                )
-                if len(found) == limit:
-                    break
-            return found
+    def select_page(
+        self, gt: int, limit: int, topics: Sequence[str] = ()
+    ) -> tuple[list[Notification], int]:
+        """At most ``limit`` notifications after ``gt``, and the notification id up to which the log
+        has been looked at: what a follower goes on from, also if nothing matched.
 
-        return self.environment.read(select)
+        One read transaction, which looks at a bounded number of records. Raises as
+        `select_notifications`.
+        """
+        return self._page(max(gt, 0) + 1, None, limit, topics)
+
+    def _page(
+        self, low: int, stop: int | None, limit: int, topics: Sequence[str]
+    ) -> tuple[list[Notification], int]:
+        if limit < 1 or low > records.VERSION_MAX:
+            return [], low - 1
+        log = self._log()
+        return self.environment.read(lambda txn: log.notifications(txn, low, stop, limit, topics))
 
     def max_notification_id(self) -> int | None:
-        """The last notification id, None if nothing is stored."""
-        databases = self._databases()
-        return self.environment.read(lambda txn: _last_nid(txn, databases)) or None
+        """The last notification id, None if nothing was ever stored."""
+        log = self._log()
+        return self.environment.read(log.last_nid) or None
+
+    def prepare_drop(self, through_nid: int, limit: int) -> Operation[int]:
+        """An operation for events that have been moved away: it raises the floor to
+        ``through_nid``, then deletes up to ``limit`` events at or below the floor and gives how
+        many it deleted. To be repeated, also after a crash, until that is 0.
+
+        The tree and the last notification id stay. The versions of dropped events are free again:
+        only streams that have ended may be dropped whole. Fails with ProgrammingError unless
+        ``through_nid`` is below the last notification id, InternalError for a damaged record.
+        """
+        return Drop(self._log(), through_nid, limit)
 
     def subscribe(
         self, gt: int | None = None, topics: Sequence[str] = ()
     ) -> Subscription[ApplicationRecorder]:
-        """Not supported: raises NotImplementedError, as the library's SQLite recorder does."""
-        raise NotImplementedError(f"{type(self).__qualname__} does not support subscriptions")
+        """An iterator over the notifications after ``gt``, which waits for new ones of any process;
+        see `LMDBSubscription`.
+        """
+        return LMDBSubscription(self, gt, topics)
 
 
-def check_name(name: str, what: str) -> None:
-    """Raises ProgrammingError unless ``name`` can be part of a database's name: short, and without
-    a slash.
-    """
-    if "/" in name or "\0" in name or len(name.encode()) > NAME_BYTES_MAX:
-        raise ProgrammingError(f"{what} {name!r} has a slash or more than {NAME_BYTES_MAX} bytes")
+class LMDBProcessRecorder(LMDBApplicationRecorder, LMDBTrackingRecorder, ProcessRecorder):
+    """Stores events together with the position in an upstream log that they were made from."""
 
+    def __init__(
+        self,
+        environment: LMDBEnvironment,
+        application: str = "",
+        purpose: str = "events",
+        *,
+        create: bool = True,
+        tree: bool = False,
+        topic_index: bool = True,
+    ) -> None:
+        # Each by name: the two bases do not share their arguments.
+        LMDBAggregateRecorder.__init__(
+            self,
+            environment,
+            application,
+            purpose,
+            create=create,
+            tree=tree,
+            topic_index=topic_index,
+        )
+        LMDBTrackingRecorder.__init__(self, environment, application, create=create)
 
-def _check_unique(
-    txn: Transaction, databases: _Databases, stored_events: Sequence[StoredEvent]
-) -> list[_Pending]:
-    """All checks before the first put, so that a conflict costs nothing but itself."""
-    seen: set[tuple[bytes, int]] = set()
-    pending: list[_Pending] = []
-    with txn.cursor(databases.places) as cursor:
-        for event in stored_events:
-            records.check_version(event.originator_version)
-            key = records.originator_key(event.originator_id)
-            version = records.pack_u64(event.originator_version)
-            place = (key, event.originator_version)
-            stored = cursor.set_range_dup(key, version) and cursor.value().startswith(version)
-            if stored or place in seen:
-                raise IntegrityError(
-                    f"version {event.originator_version} of aggregate {event.originator_id} "
-                    f"{'is stored already' if stored else 'comes twice'}"
-                )
-            seen.add(place)
-            pending.append(_Pending(event, key))
-    return pending
+    def prepare(
+        self, stored_events: Sequence[StoredEvent], tracking: Tracking | None = None
+    ) -> Operation[list[int]]:
+        """As `LMDBAggregateRecorder.prepare`, with ``tracking`` in the same transaction; without
+        events it stores only that.
 
-
-def _last_nid(txn: Transaction, databases: _Databases) -> int:
-    with txn.cursor(databases.log) as cursor:
-        return records.unpack_u64(cursor.key()) if cursor.last() else 0
-
-
-def _log(
-    txn: Transaction, databases: _Databases, low: int, stop: int | None
-) -> Iterator[tuple[int, bytes]]:
-    """(notification id, record) from ``low`` to ``stop``. The log has no gaps: one is damage."""
-    with txn.cursor(databases.log) as cursor:
-        going = cursor.set_range(records.pack_u64(low))
-        expected = low
-        while going:
-            nid = records.unpack_u64(cursor.key())
-            if stop is not None and nid > stop:
-                return
-            if nid != expected:
-                raise InternalError(f"event {expected} is missing from the log")
-            yield nid, cursor.value()
-            expected += 1
-            going = cursor.next()
-
-
-def _entries(
-    cursor: Cursor, key: bytes, low: int, high: int, *, desc: bool
-) -> Iterator[tuple[int, int]]:
-    """(version, notification id) of one aggregate with low ≤ version ≤ high."""
-    if desc:
-        # The last entry up to ``high`` is the one before the first entry above it, or the last of
-        # all.
-        if cursor.set_range_dup(key, records.pack_u64(high + 1)):
-            going = cursor.prev_dup()
-        else:
-            going = cursor.set_key(key) and cursor.last_dup()
-    else:
-        going = cursor.set_range_dup(key, records.pack_u64(low))
-    while going:
-        version, nid = records.unpack_entry(cursor.value())
-        if not low <= version <= high:
-            return
-        yield version, nid
-        going = cursor.prev_dup() if desc else cursor.next_dup()
-
-
-def _counter(limit: int | None) -> Iterator[int]:
-    count = 0
-    while limit is None or count < limit:
-        yield count
-        count += 1
+        It fails with IntegrityError if the position is not after the one that is stored.
+        """
+        return Insert(self._log(), stored_events, self._positions(), tracking)

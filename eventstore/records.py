@@ -12,6 +12,13 @@ check    xxh3-64 of: notification id u64, the record without its check. So a who
 index    key: kind u8 (0 UUID, 1 text) and the id as above; value: version u64,
          notification id u64
 topics   key: number u32; value: check u64 (xxh3-64 of the key and the text), UTF-8 text
+floor    key: the five letters ``floor``, among the topics; value: check u64 (xxh3-64 of the key and
+         the number), notification id u64. All events up to it have been moved away
+position key: an upstream application's name, UTF-8; value: check u64 (xxh3-64 of the key and the
+         number), notification id u64
+
+canonical record, what a leaf of the tree covers: format u8 = 1, notification id u64, version u64,
+lengths of the three that follow (key u16, topic u16, state u32), index key, topic text, state
 """
 
 from __future__ import annotations
@@ -31,11 +38,17 @@ TOPIC_BYTES_MAX = 1024
 STATE_BYTES_MAX = 16 << 20
 VERSION_MAX = (1 << 63) - 1
 
+_digest = xxhash.xxh3_64_digest
 _FIXED = struct.Struct(">BBIQ")
 _U64 = struct.Struct(">Q")
 _U64_PAIR = struct.Struct(">QQ")
 _U32 = struct.Struct(">I")
 _U16 = struct.Struct(">H")
+_CANONICAL = struct.Struct(">BQQHHI")
+_CANONICAL_FORMAT = 1
+_CHECK_BYTES = 8
+FLOOR_KEY = b"floor"
+ENTRY_BYTES = 16
 _KIND_UUID = b"\x00"
 _KIND_TEXT = b"\x01"
 
@@ -63,7 +76,7 @@ def originator_key(originator_id: UUID | str) -> bytes:
 
 def originator_id(key: bytes) -> UUID | str:
     """The aggregate id of an index key, with the type that it was stored with."""
-    return UUID(bytes=key[1:]) if key[:1] == _KIND_UUID else key[3:].decode()
+    return UUID(bytes=key[1:]) if key[0] == 0 else key[3:].decode()
 
 
 def pack_u64(number: int) -> bytes:
@@ -79,16 +92,8 @@ def unpack_u64(key: bytes) -> int:
 
 
 def pack_entry(version: int, nid: int) -> bytes:
-    """The index value that says where a version's record is."""
+    """The index value, of `ENTRY_BYTES`, that says where a version's record is."""
     return _U64_PAIR.pack(version, nid)
-
-
-def unpack_entry(value: bytes) -> tuple[int, int]:
-    """(version, notification id) of an index value. Raises InternalError."""
-    if len(value) != _U64_PAIR.size:
-        raise InternalError(f"damaged index: an entry of {len(value)} bytes")
-    version, nid = _U64_PAIR.unpack(value)
-    return version, nid
 
 
 def check_version(version: int) -> None:
@@ -97,18 +102,37 @@ def check_version(version: int) -> None:
         raise DataError(f"aggregate version {version} is not within 0..{VERSION_MAX}")
 
 
-def encode_record(nid: int, topic: int, version: int, key: bytes, state: bytes) -> bytes:
-    """The record of an event under notification id ``nid``. Raises DataError if the state is no
-    bytes or too long.
-    """
+def check_nid(nid: int) -> None:
+    """Raises DataError unless a notification id is within 0..2^63-1."""
+    if not 0 <= nid <= VERSION_MAX:
+        raise DataError(f"notification id {nid} is not within 0..{VERSION_MAX}")
+
+
+def check_topic(topic: str) -> None:
+    """Raises DataError if a topic is no text, empty or too long."""
+    # Nearly every topic is plain: those need no encoding to be measured.
+    if not topic.isascii() or not 1 <= len(topic) <= TOPIC_BYTES_MAX:
+        _utf8(topic, "topic", TOPIC_BYTES_MAX)
+
+
+def application_key(name: str) -> bytes:
+    """The key of an upstream application's position. Raises DataError."""
+    return _utf8(name, "application name", TEXT_ID_BYTES_MAX)
+
+
+def check_state(state: bytes) -> None:
+    """Raises DataError if an event's state is no bytes or too long."""
     if not isinstance(state, bytes):
         raise DataError(f"an event's state is bytes, not {type(state).__name__}")
     if len(state) > STATE_BYTES_MAX:
         raise DataError(f"an event's state of {len(state)} bytes is over {STATE_BYTES_MAX}")
-    flags = FLAG_TEXT_ID if key[:1] == _KIND_TEXT else 0
-    head = _FIXED.pack(FORMAT, flags, topic, version)
+
+
+def encode_record(nid: int, topic: int, version: int, key: bytes, state: bytes) -> bytes:
+    """The record of an event under notification id ``nid``; `check_state` has accepted its state."""
+    head = _FIXED.pack(FORMAT, key[0], topic, version)
     body = key[1:] + state
-    return head + _check(_U64.pack(nid), head, body) + body
+    return head + _digest(_U64.pack(nid) + head + body) + body
 
 
 def decode_record(nid: int, record: bytes) -> Record:
@@ -117,16 +141,15 @@ def decode_record(nid: int, record: bytes) -> Record:
     Raises InternalError naming ``nid`` if it is damaged, NotSupportedError if a later version wrote
     it.
     """
-    split = _FIXED.size
-    head, check, body = record[:split], record[split : split + 8], record[split + 8 :]
-    if len(check) != 8 or check != _check(_U64.pack(nid), head, body):
+    head, body = record[:14], record[22:]
+    if record[14:22] != _digest(_U64.pack(nid) + head + body) or len(head) != _FIXED.size:
         raise InternalError(f"event {nid} is damaged: its record does not have its checksum")
     form, flags, topic, version = _FIXED.unpack(head)
     if form != FORMAT or flags & ~FLAG_TEXT_ID:
         raise NotSupportedError(
             f"event {nid} was written by a later version (format {form}, flags {flags:#x})"
         )
-    if flags & FLAG_TEXT_ID:
+    if flags:
         end = 2 + int.from_bytes(body[:2])
         kind = _KIND_TEXT
     else:
@@ -135,6 +158,46 @@ def decode_record(nid: int, record: bytes) -> Record:
     if end > len(body):
         raise InternalError(f"event {nid} is damaged: its aggregate id is cut off")
     return Record(topic, version, kind + body[:end], body[end:])
+
+
+class Reader:
+    """Reads the records of one aggregate, whose ``key`` is known: what is known need not be taken
+    apart.
+    """
+
+    __slots__ = ("_begin", "_body", "_key")
+
+    def __init__(self, key: bytes) -> None:
+        self._key = key
+        self._begin = bytes((FORMAT, key[0]))
+        self._body = key[1:]
+
+    def read(self, entry: bytes, record: bytes) -> tuple[int, bytes]:
+        """(topic number, state) of the record that an index value names. Raises as `decode_record`,
+        and InternalError if it is another event's.
+        """
+        head, body = record[:14], record[22:]
+        if (
+            record[14:22] != _digest(entry[8:] + head + body)
+            or not head.startswith(self._begin)
+            or head[6:] != entry[:8]
+            or not body.startswith(self._body)
+        ):
+            nid = int.from_bytes(entry[8:])
+            decode_record(nid, record)
+            raise InternalError(f"event {nid} is not the one that the index names")
+        return int.from_bytes(head[2:6]), body[len(self._body) :]
+
+
+def canonical_record(nid: int, key: bytes, version: int, topic: str, state: bytes) -> bytes:
+    """What the tree's leaf of an event covers: no two events have the same. ``key`` is
+    `originator_key` of its aggregate's id.
+
+    Not what is stored: no number of a topic, no checksum. Raises DataError.
+    """
+    text = _utf8(topic, "topic", TOPIC_BYTES_MAX)
+    head = _CANONICAL.pack(_CANONICAL_FORMAT, nid, version, len(key), len(text), len(state))
+    return b"".join((head, key, text, state))
 
 
 def encode_topic(number: int, topic: str) -> tuple[bytes, bytes]:
@@ -146,14 +209,28 @@ def encode_topic(number: int, topic: str) -> tuple[bytes, bytes]:
 
 def decode_topic(key: bytes, value: bytes) -> tuple[int, str]:
     """(number, topic) of a row. Raises InternalError if it is damaged."""
-    text = value[8:]
-    if len(key) != _U32.size or value[:8] != _check(key, text):
+    text = value[_CHECK_BYTES:]
+    if len(key) != _U32.size or value[:_CHECK_BYTES] != _check(key, text):
         raise InternalError(f"topic {key.hex()} is damaged: it does not have its checksum")
     return int.from_bytes(key), text.decode()
 
 
+def encode_number(key: bytes, number: int) -> bytes:
+    """The value of a row that holds one number: the floor, a position."""
+    packed = _U64.pack(number)
+    return _check(key, packed) + packed
+
+
+def decode_number(key: bytes, value: bytes) -> int:
+    """The number of such a row. Raises InternalError if it is damaged."""
+    packed = value[_CHECK_BYTES:]
+    if len(packed) != _U64.size or value[:_CHECK_BYTES] != _check(key, packed):
+        raise InternalError(f"row {key!r} is damaged: it does not have its checksum")
+    return int.from_bytes(packed)
+
+
 def _check(*parts: bytes) -> bytes:
-    return xxhash.xxh3_64_digest(b"".join(parts))
+    return _digest(b"".join(parts))
 
 
 def _utf8(text: str, what: str, limit: int) -> bytes:

@@ -21,7 +21,7 @@ from receiver.store.verify import verify_point
 from receiver.store.vm_store import VmStore
 from replicator.domain.views import event_info, point_info, vm_status
 from replicator.errors import UsageError
-from replicator.log import EventLog
+from replicator.log import EventLog, Wanted, actions
 from replicator.nursery import flat_nursery
 
 _HISTORY_MAX = 10_000
@@ -53,7 +53,11 @@ class ControlApi:
             raise UsageError(f"not a request's target: {target}") from None
         match [unquote(part) for part in url.path.split("/")[1:]]:
             case ["v1", "status"] if method == "GET":
-                return self._status()
+                return await self._status(url.query)
+            case ["v1", "log", "seal"] if method == "POST":
+                return await actions.seal(self._log)
+            case ["v1", "log", "accept"] if method == "POST":
+                return await actions.accept(self._log, _text(body, "vm"))
             case ["v1", "vms", name, "points"] if method == "GET":
                 return self._points(self._stores.find(name))
             case ["v1", "vms", name, "history"] if method == "GET":
@@ -62,7 +66,10 @@ class ControlApi:
                 return self._posts[tuple(action)](self._stores.find(name), body)
         raise NotFoundError(f"no such request: {method} {url.path}")
 
-    def _status(self) -> dict[str, Any]:
+    async def _status(self, query: str) -> dict[str, Any]:
+        if "at" in (values := parse_qs(query)):
+            at_us = _number(values["at"][0], "at")
+            return {"vms": [vm_status(vm, at_us) for vm in await self._log.at(at_us)]}
         now_us = time.time_ns() // 1000
         vms = [vm_status(store.vm, now_us, self._warnings(store)) for store in self._stores.all]
         for vm, reason in self._stores.unusable:
@@ -84,9 +91,18 @@ class ControlApi:
 
     async def _history(self, store: VmStore, query: str) -> dict[str, Any]:
         values = parse_qs(query)
-        limit = min(_number(values.get("limit", ["1000"])[0], "limit"), _HISTORY_MAX)
-        after = _number(values["after"][0], "after") if "after" in values else None
-        events, more = await self._log.page(UUID(store.vm.vm), after=after, limit=limit)
+
+        def given(name: str) -> int | None:
+            return _number(values[name][0], name) if name in values else None
+
+        limit = given("limit")
+        wanted = Wanted(
+            limit=min(1000 if limit is None else limit, _HISTORY_MAX),
+            after=given("after"),
+            since_us=given("since"),
+            until_us=given("until"),
+        )
+        events, more = await self._log.page(UUID(store.vm.vm), wanted)
         return {"events": [event_info(event) for event in events], "more": more}
 
     async def _verify(self, store: VmStore, body: dict[str, Any]) -> Lines:
@@ -182,8 +198,15 @@ async def _steps(work: Callable[[Callable[[str], None]], Awaitable[None]]) -> Li
             yield {"step": text}
 
 
+def _text(body: dict[str, Any], name: str) -> str:
+    value = body.get(name)
+    if not isinstance(value, str):
+        raise UsageError(f"{name}: expected text")
+    return value
+
+
 def _number(text: str, what: str) -> int:
-    if not (text.isascii() and text.isdigit()) or len(text) > 15:
+    if not (text.isascii() and text.isdigit()) or len(text) > 18:
         raise UsageError(f"{what}: expected a number")
     return int(text)
 

@@ -26,7 +26,9 @@ from replicator.errors import (
     StateError,
     WireError,
 )
+from replicator.log.peers import PeerBrokenError, seen_size, take_head, take_signed
 from replicator.nursery import flat_nursery
+from replicator.push.compare import note_broken
 from replicator.wire import messages as m
 from replicator.wire.framing import MessageStream
 from replicator.wire.keys import Keyring, PreSharedKey
@@ -58,6 +60,14 @@ class _Push:
     landing: Landing
     unacked: int = 0
     since: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Shown:
+    """The head of our log that this session's source was shown, for its VM."""
+
+    vm: UUID
+    head: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,6 +196,7 @@ class _PushSession:
         self.whose = "no VM yet"
         self._claim: tuple[UUID, _Claim] | None = None
         self._scope = trio.CancelScope()
+        self._shown: _Shown | None = None
 
     async def run(self) -> None:
         """Read ahead in one task, act in another, until the source ends the session."""
@@ -254,6 +265,10 @@ class _PushSession:
             await self._open(message)
         elif isinstance(message, m.Abandon):
             await self._abandon(message)
+        elif isinstance(message, m.Compare):
+            await self._compare(message)
+        elif isinstance(message, m.SourceHead):
+            await self._source_head(message)
         elif not late:
             await self._finish(message)
 
@@ -352,6 +367,33 @@ class _PushSession:
                 )
         self._release()
         await self._state(vm)
+
+    async def _compare(self, asked: m.Compare) -> None:
+        """Show the head of our log; whose VM it is was proven by the key."""
+        vm = self._check_key(asked.vm, asked.name)
+        log = self._server.stores.log
+        if self._server.stores.get(vm) is None:
+            raise PushRefusedHereError("unknown-vm", f"VM {asked.name} is not known here")
+        head = await log.head(asked.seen)
+        seen = seen_size(await log.peer(vm))
+        self._shown = _Shown(vm, head.text)
+        await self._send(m.ReceiverHead(str(log.key.verifier), head.text, head.proof, seen))
+
+    async def _source_head(self, message: m.SourceHead) -> None:
+        shown, self._shown = self._shown, None
+        assert shown is not None, "the table of the session lets none come before"
+        log = self._server.stores.log
+        try:
+            peer = take_head(
+                await log.peer(shown.vm), message.key, message.head, message.proof, log.key
+            )
+            if message.signed is not None:
+                peer = take_signed(peer, shown.head, message.signed, log.key.verifier)
+        except PeerBrokenError as error:
+            await note_broken(log, shown.vm, str(error))
+            raise PushRefusedHereError("log-broken", str(error)) from error
+        await log.keep_peer(shown.vm, peer)
+        await self._send(m.Signed(peer.seen))
 
     async def _refuse(self, code: m.RefusalCode, reason: str) -> None:
         """Say no. What has landed stays for another try, except where it can never be committed."""

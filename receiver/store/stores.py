@@ -61,6 +61,11 @@ class Stores:
         return store
 
     @property
+    def log(self) -> EventLog:
+        """The log that they are in."""
+        return self._log
+
+    @property
     def all(self) -> list[VmStore]:
         """Every store, in the order of names."""
         return [self._stores[UUID(vm.vm)] for vm in self._log.vms if UUID(vm.vm) in self._stores]

@@ -49,6 +49,11 @@ class ControlClient:
                 return _object(await exchange.body())
         raise ReplicatorError(f"the receiver at {self._path} did not answer within {ANSWER_S} s")
 
+    async def post(self, target: str, body: dict[str, Any]) -> dict[str, Any]:
+        """The JSON object that a POST is answered with, however long its work takes."""
+        async with self._request("POST", target, body) as (exchange, _):
+            return _object(await exchange.body())
+
     @asynccontextmanager
     async def stream(self, target: str, body: dict[str, Any]) -> AsyncIterator[Items]:
         """The lines that a POST is answered with. An error among them is raised; leaving the block hangs up."""

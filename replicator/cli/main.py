@@ -35,7 +35,9 @@ _COMMANDS = {
     "export": "replicator.cli.receiving:export",
     "failover": "replicator.cli.receiving:failover",
     "history": "replicator.cli.showing:history",
+    "log": "replicator.cli.logbook:log",
     "points": "replicator.cli.showing:points",
+    "projections": "replicator.cli.projecting:projections",
     "push": "replicator.cli.pushing:push",
     "run": "replicator.cli.pushing:run",
     "seed": "replicator.cli.pushing:seed",
@@ -103,7 +105,7 @@ def replctl(ctx: click.Context, config_path: Path, as_json: bool) -> None:
     """Disaster recovery of virtual machine disks.
 
     On the host of a VM: seed, push, run. On the receiver: receiver, verify, export, failover. On both: status, points,
-    history.
+    history, log, projections.
     """
     ctx.obj = CliContext(config_path, as_json)
 

@@ -16,6 +16,8 @@ _logger = logging.getLogger(__name__)
 Report = Callable[[str, int, int], None]
 #: Lines per item where nobody watches.
 _STEPS = 10
+#: Less of something that is counted is done before it could be told.
+_WORTH_TELLING = 100_000
 
 
 @contextmanager
@@ -26,6 +28,20 @@ def progress() -> Iterator[Report]:
             yield report
     else:
         yield _lines()
+
+
+def counting(what: str, unit: str) -> Callable[[int, int], None]:
+    """A function ``report(done, total)`` that logs each tenth of much that is counted, and nothing of little."""
+    told = 0
+
+    def report(done: int, total: int) -> None:
+        nonlocal told
+        step = done * _STEPS // total if total else _STEPS
+        if step > told and total >= _WORTH_TELLING:
+            told = step
+            _logger.info("%s: %d of %d %s", what, done, total, unit)
+
+    return report
 
 
 def _lines() -> Report:
@@ -64,4 +80,4 @@ def _bars() -> Iterator[Report]:
         yield report
 
 
-__all__ = ["Report", "progress"]
+__all__ = ["Report", "counting", "progress"]

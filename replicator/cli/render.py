@@ -21,6 +21,10 @@ _STYLES = {
     "verified": "bold green",
     "held": "cyan",
     "testing": "cyan",
+    "live": "green",
+    "sealed": "green",
+    "open": "cyan",
+    "parked": "bold red",
     "damaged": "bold red",
 }
 _ENVELOPE = {"id", "at", "kind"}
@@ -74,6 +78,40 @@ def show_history(events: Sequence[dict[str, Any]]) -> None:
     _table(["id", "at", "event", "details"], rows)
 
 
+def show_periods(periods: Sequence[dict[str, Any]]) -> None:
+    """Periods of the log as a table."""
+    rows = [
+        [
+            each["label"],
+            each["opened_at"],
+            f"{each['first']}-{each['last']}",
+            each["state"],
+            "-" if each["bytes"] is None else size(each["bytes"]),
+        ]
+        for each in periods
+    ]
+    _table(["period", "opened", "events", "state", "size"], rows, styled=3)
+
+
+def show_projections(projections: Sequence[dict[str, Any]]) -> None:
+    """Projections as a table, and what has stopped one below it."""
+    rows = [
+        [
+            each["name"],
+            each["state"],
+            str(each["position"]),
+            str(each["lag"]),
+            "-" if each["rebuilt"] is None else f"{each['rebuilt']:.0%}",
+        ]
+        for each in projections
+    ]
+    _table(["projection", "state", "position", "lag", "rebuilt"], rows, styled=1)
+    for each in projections:
+        if each["error"] is not None:
+            text = f"{each['name']} is parked at event {each['event']}: {each['error']}"
+            _console().print(Text(one_line(text), style="red"), soft_wrap=True)
+
+
 def _details(event: dict[str, Any]) -> str:
     parts = []
     for name, value in event.items():
@@ -114,4 +152,4 @@ def _console() -> Console:
     return Console(highlight=False)
 
 
-__all__ = ["show_history", "show_points", "show_status"]
+__all__ = ["show_history", "show_periods", "show_points", "show_projections", "show_status"]

@@ -7,7 +7,9 @@ import logging
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime
 from typing import Any
+from urllib.parse import urlencode
 from uuid import UUID
 
 import click
@@ -19,7 +21,7 @@ from replicator.cli.text import duration
 from replicator.config import Config
 from replicator.domain.model import Point
 from replicator.domain.views import event_info, instant, point_info, vm_status
-from replicator.log import EventLog, open_log
+from replicator.log import EventLog, Wanted, open_log
 from replicator.push import trouble
 from replicator.push.trouble import Trouble
 
@@ -30,11 +32,34 @@ HISTORY_LIMIT_JSON = 1000
 HISTORY_LIMIT_MAX = 10_000
 
 
+_TIME_HELP = "a date, or a date and time such as 2026-03-01T12:00:00Z; UTC unless it says otherwise"
+
+
+class _Time(click.ParamType[int]):
+    """A time, as microseconds since the epoch."""
+
+    name = "time"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """A date means its beginning."""
+        if isinstance(value, int):
+            return value
+        try:
+            stamp = datetime.fromisoformat(value)
+        except ValueError:
+            self.fail(f"{value}: expected {_TIME_HELP}", param, ctx)
+        stamp = stamp if stamp.tzinfo else stamp.replace(tzinfo=UTC)
+        if not 1970 <= stamp.year < 9999:
+            self.fail(f"{value}: no time of this log", param, ctx)
+        return round(stamp.timestamp() * 1_000_000)
+
+
 @click.command()
+@click.option("--at", "at_us", type=_Time(), help=f"As it was at a time: {_TIME_HELP}.")
 @click.pass_obj
-def status(context: CliContext) -> None:
+def status(context: CliContext, at_us: int | None) -> None:
     """Show every VM, its state and RPO age."""
-    vms = trio.run(_status, context.config())
+    vms = trio.run(_status, context.config(), at_us)
     if context.json:
         context.print_json(vms)
     else:
@@ -67,19 +92,30 @@ def points(context: CliContext, vm: str) -> None:
     type=click.IntRange(min=0),
     help="Only events with a greater id, from the first of them on.",
 )
+@click.option("--since", "since_us", type=_Time(), help=f"Only from then on: {_TIME_HELP}.")
+@click.option("--until", "until_us", type=_Time(), help="Only up to then.")
 @click.option(
     "--limit",
     type=click.IntRange(1, HISTORY_LIMIT_MAX),
     help=f"At most so many.  [default: {HISTORY_LIMIT}, with --json {HISTORY_LIMIT_JSON}]",
 )
 @click.pass_obj
-def history(context: CliContext, vm: str, since_id: int | None, limit: int | None) -> None:
+def history(
+    context: CliContext,
+    *,
+    vm: str,
+    since_id: int | None,
+    since_us: int | None,
+    until_us: int | None,
+    limit: int | None,
+) -> None:
     """List what happened to a VM.
 
-    VM is a name or UUID. The newest events, in the order in which they happened.
+    VM is a name or UUID. The newest events, in the order in which they happened; with --since or --since-id the first.
     """
     limit = limit or (HISTORY_LIMIT_JSON if context.json else HISTORY_LIMIT)
-    events, more = trio.run(_history, context.config(), vm, since_id, limit)
+    wanted = Wanted(limit, since_id, since_us, until_us)
+    events, more = trio.run(_history, context.config(), vm, wanted)
     if context.json:
         context.print_json(events)
     else:
@@ -87,11 +123,11 @@ def history(context: CliContext, vm: str, since_id: int | None, limit: int | Non
 
         show_history(events)
     if more:
-        click.echo(_left_out(events, since_id), err=True)
+        click.echo(_left_out(events, wanted), err=True)
 
 
-def _left_out(events: list[dict[str, Any]], since_id: int | None) -> str:
-    if since_id is not None:
+def _left_out(events: list[dict[str, Any]], wanted: Wanted) -> str:
+    if wanted.forward:
         last = events[-1]["id"]
         return f"later events are left out: --since-id {last} goes on with them"
     first = events[0]["id"]
@@ -114,13 +150,16 @@ async def _own_log(config: Config) -> AsyncIterator[EventLog | None]:
         yield log
 
 
-async def _status(config: Config) -> list[dict[str, Any]]:
+async def _status(config: Config, at_us: int | None) -> list[dict[str, Any]]:
     if not config.is_source:
-        return list((await ControlClient(config.control_path).get("/v1/status"))["vms"])
+        target = "/v1/status" if at_us is None else f"/v1/status?at={at_us}"
+        return list((await ControlClient(config.control_path).get(target))["vms"])
     async with _own_log(config) as log:
         now_us = time.time_ns() // 1000
         if log is None:
             return []
+        if at_us is not None:
+            return [vm_status(vm, at_us) for vm in await log.at(at_us)]
         return [
             vm_status(
                 vm,
@@ -166,19 +205,22 @@ async def _points(config: Config, name: str) -> list[dict[str, Any]]:
         return [point_info(vm, vm.points[number]) for number in sorted(vm.points)]
 
 
-async def _history(
-    config: Config, name: str, after: int | None, limit: int
-) -> tuple[list[dict[str, Any]], bool]:
+async def _history(config: Config, name: str, wanted: Wanted) -> tuple[list[dict[str, Any]], bool]:
     """The events, and whether others were left out."""
     if not config.is_source:
-        target = f"{vm_path(name, 'history')}?limit={limit}"
-        if after is not None:
-            target += f"&after={after}"
+        asked = {
+            "limit": wanted.limit,
+            "after": wanted.after,
+            "since": wanted.since_us,
+            "until": wanted.until_us,
+        }
+        query = urlencode({key: value for key, value in asked.items() if value is not None})
+        target = f"{vm_path(name, 'history')}?{query}"
         answer = await ControlClient(config.control_path).get(target)
         return list(answer["events"]), bool(answer["more"])
     async with _own_log(config) as log:
         if log is None:
             return [], False
         vm = log.find(name)
-        events, more = await log.page(UUID(vm.vm), after=after, limit=limit)
+        events, more = await log.page(UUID(vm.vm), wanted)
         return [event_info(event) for event in events], more

@@ -14,9 +14,9 @@ import msgspec
 STREAMS = UUID("6f0a3c1e-2c55-5c7e-9d5e-7b1f0f3a9d21")
 
 
-def stream_id(vm: UUID) -> UUID:
-    """The id of the event stream of a VM."""
-    return uuid5(STREAMS, f"/vm/{vm}")
+def stream_id(vm: UUID, period: int) -> UUID:
+    """The id of the event stream of a VM in one period of the log (1, 2, 3 …)."""
+    return uuid5(STREAMS, f"/vm/{vm}/{period}")
 
 
 class PushKind(StrEnum):
@@ -79,6 +79,29 @@ class TestClone(msgspec.Struct, frozen=True, array_like=True):
     started_at_us: int
 
 
+class Balance(msgspec.Struct, frozen=True, array_like=True):
+    """All that the events of a VM have added up to. A period of its log begins with one, so that nothing older is needed."""
+
+    vm: str
+    name: str
+    role: str
+    created_us: int
+    period: int
+    epoch: int
+    state: str
+    points: tuple[Point, ...]
+    newest: Point | None
+    applied: int
+    damages: tuple[Damage, ...]
+    verified: dict[int, int]
+    test: TestClone | None
+    tracking_lost: str | None
+    abandoned: str | None
+    abandoned_point: int
+    abandoned_push: str | None
+    peer_broken: str | None
+
+
 def file_stem(disk: str, since: int) -> str:
     """What a disk's files are called on either side: each chain of deltas has a name of its own."""
     return disk if since == 1 else f"{disk}@{since}"
@@ -91,5 +114,5 @@ def next_disk_name(taken: Sequence[str]) -> str:
 
 
 def plain(value: Any) -> Any:
-    """What an event stores for ``value``: lists, numbers, text and bytes only."""
-    return msgspec.to_builtins(value, builtin_types=(bytes,))
+    """What an event stores for ``value``, as it comes back from the log: lists, maps, numbers, text and bytes only."""
+    return msgspec.msgpack.decode(msgspec.msgpack.encode(value))

@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 from eventsourcing.domain import Aggregate
 
-from replicator.domain.model import Damage, Point, TestClone
+from replicator.domain.model import Balance, Damage, Point, TestClone
 from replicator.domain.vm import ProtectedVm, event_kind, event_time_us
 
 #: Fields that events store as arrays, and the type that gives their items names.
@@ -77,7 +77,9 @@ def event_info(event: Aggregate.Event) -> dict[str, Any]:
     for name, value in vars(event).items():
         if name in _ENVELOPE or name.startswith("_"):
             continue
-        if name == "point" and isinstance(value, list):
+        if name == "balance":
+            info["period"] = msgspec.convert(value, Balance).period
+        elif name == "point" and isinstance(value, list):
             info |= _committed(msgspec.convert(value, Point))
         elif name in _STRUCTS:
             info[name] = _named(msgspec.convert(value, _STRUCTS[name]))
@@ -101,6 +103,8 @@ def warnings(vm: ProtectedVm) -> list[str]:
         found.append(f"recovery point {number} is damaged: {where}: {first.reason}{more}")
     if vm.tracking_lost is not None:
         found.append(f"change tracking was lost, digests are compared: {vm.tracking_lost}")
+    if vm.peer_broken is not None:
+        found.append(f"{vm.peer_broken}; if that was you, run replctl log accept {vm.name}")
     if vm.abandoned is not None:
         found.append(f"the last push was given up: {vm.abandoned}")
     return found

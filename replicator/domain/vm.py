@@ -8,7 +8,7 @@ clocks: times come in as arguments. Topics are explicit, because a stored topic 
 from __future__ import annotations
 
 import copy
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
 
@@ -17,6 +17,7 @@ from eventsourcing.domain import Aggregate
 
 from replicator.domain.failover import Command, State, decide
 from replicator.domain.model import (
+    Balance,
     Damage,
     Point,
     PushKind,
@@ -26,6 +27,7 @@ from replicator.domain.model import (
 )
 from replicator.errors import FencedError, RefusedError
 
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 #: Damages recorded of one point: more than an operator reads. Counted per point, so that one bad point hides no other.
 DAMAGES_MAX = 200
 
@@ -47,6 +49,19 @@ class ProtectedVm(Aggregate):
         vm: str
         name: str
         role: str
+        period: int
+
+    class PeriodOpened(Event):
+        """The books were closed: a new stream begins with what the old ones added up to."""
+
+        TOPIC = "replctl:vm.period-opened"
+        balance: list[Any]
+
+        def mutate(self, aggregate: Any) -> Any:
+            """The VM as of here; nothing that came before is needed."""
+            del aggregate
+            balance = msgspec.convert(self.balance, Balance)
+            return ProtectedVm.restore(balance, self.originator_version, self.timestamp)
 
     class SeedCommitted(Event):
         """A full push became a recovery point."""
@@ -185,10 +200,28 @@ class ProtectedVm(Aggregate):
         def apply(self, aggregate: ProtectedVm) -> None:
             aggregate.state = State.PERMANENT
 
-    def __init__(self, vm: str, name: str, role: str) -> None:
+    class PeerLogBroken(Event):
+        """The other side's log does not continue what it was when it was last seen."""
+
+        TOPIC = "replctl:vm.peer-log-broken"
+        reason: str
+
+        def apply(self, aggregate: ProtectedVm) -> None:
+            aggregate.peer_broken = self.reason
+
+    class PeerLogAccepted(Event):
+        """An operator accepts the other side's log as it is now."""
+
+        TOPIC = "replctl:vm.peer-log-accepted"
+
+        def apply(self, aggregate: ProtectedVm) -> None:
+            aggregate.peer_broken = None
+
+    def __init__(self, vm: str, name: str, role: str, period: int) -> None:
         self.vm = vm
         self.name = name
         self.role = role
+        self.period = period
         self.epoch = 1
         self.state = State.UNSEEDED
         self.points: dict[int, Point] = {}
@@ -203,11 +236,73 @@ class ProtectedVm(Aggregate):
             0  # the greatest that was given up: the receiver may have it all the same
         )
         self.abandoned_push: str | None = None
+        self.peer_broken: str | None = None
 
     @classmethod
-    def register(cls, vm: UUID, name: str, role: str) -> ProtectedVm:
+    def register(cls, vm: UUID, name: str, role: str, period: int = 1) -> ProtectedVm:
         """A VM that this side has not known until now; ``role`` is source or receiver."""
-        return cls._create(cls.Registered, id=stream_id(vm), vm=str(vm), name=name, role=role)
+        return cls._create(
+            cls.Registered,
+            id=stream_id(vm, period),
+            vm=str(vm),
+            name=name,
+            role=role,
+            period=period,
+        )
+
+    # Periods
+
+    def balance(self) -> Balance:
+        """The whole state, as a value."""
+        return Balance(
+            vm=self.vm,
+            name=self.name,
+            role=self.role,
+            created_us=time_us(self.created_on),
+            period=self.period,
+            epoch=self.epoch,
+            state=str(self.state),
+            points=tuple(self.points.values()),
+            newest=self.newest,
+            applied=self.applied,
+            damages=tuple(self.damages),
+            verified=dict(self.verified),
+            test=self.test,
+            tracking_lost=self.tracking_lost,
+            abandoned=self.abandoned,
+            abandoned_point=self.abandoned_point,
+            abandoned_push=self.abandoned_push,
+            peer_broken=self.peer_broken,
+        )
+
+    @classmethod
+    def restore(cls, balance: Balance, version: int, at: datetime) -> ProtectedVm:
+        """The VM that had this balance after its event number ``version``."""
+        vm = cls.__new__(cls)
+        created = EPOCH + timedelta(microseconds=balance.created_us)
+        vm.__base_init__(stream_id(UUID(balance.vm), balance.period), version, created)
+        vm.modified_on = at
+        vm.vm, vm.name, vm.role = balance.vm, balance.name, balance.role
+        vm.period, vm.epoch, vm.state = balance.period, balance.epoch, State(balance.state)
+        vm.points = {point.number: point for point in balance.points}
+        vm.newest, vm.applied = balance.newest, balance.applied
+        vm.damages, vm.verified = list(balance.damages), dict(balance.verified)
+        vm.test, vm.tracking_lost = balance.test, balance.tracking_lost
+        vm.abandoned, vm.abandoned_point = balance.abandoned, balance.abandoned_point
+        vm.abandoned_push, vm.peer_broken = balance.abandoned_push, balance.peer_broken
+        return vm
+
+    def open_period(self, period: int) -> Any:
+        """The first event of the VM's stream in a later period. It is numbered on, so that the history has no seam."""
+        assert period > self.period
+        balance = msgspec.structs.replace(self.balance(), period=period)
+        kind: Any = self.PeriodOpened
+        return kind(
+            originator_id=stream_id(UUID(self.vm), period),
+            originator_version=self.version + 1,
+            timestamp=kind.create_timestamp(),
+            balance=plain(balance),
+        )
 
     def working_copy(self) -> ProtectedVm:
         """A copy to trigger events on. The original stays what the log says, also for threads that read it meanwhile."""
@@ -313,6 +408,16 @@ class ProtectedVm(Aggregate):
         decide(self.state, Command.MAKE_PERMANENT)
         self.trigger_event(self.MadePermanent)
 
+    def break_peer(self, reason: str) -> None:
+        """Record that the other side's log was rewritten."""
+        self.trigger_event(self.PeerLogBroken, reason=reason)
+
+    def accept_peer(self) -> None:
+        """Record that the other side's log is accepted as it is. Raises RefusedError if nothing is wrong with it."""
+        if self.peer_broken is None:
+            raise RefusedError(f"VM {self.name}: nothing is wrong with the other side's log")
+        self.trigger_event(self.PeerLogAccepted)
+
     # Questions
 
     def get_point(self, number: int | None) -> Point:
@@ -332,6 +437,11 @@ class ProtectedVm(Aggregate):
         return {disk.identity: disk.disk for disk in self.newest.disks} if self.newest else {}
 
 
+def time_us(stamp: datetime) -> int:
+    """A time in microseconds since the epoch."""
+    return (stamp - EPOCH) // timedelta(microseconds=1)
+
+
 def event_kind(event: Aggregate.Event) -> str:
     """The event's kind as operators see it: ``cycle-committed`` and so on."""
     return str(type(event).TOPIC).rpartition(".")[2]  # type: ignore[attr-defined]
@@ -339,5 +449,4 @@ def event_kind(event: Aggregate.Event) -> str:
 
 def event_time_us(event: Aggregate.Event) -> int:
     """When the event was recorded, in microseconds since the epoch."""
-    stamp: datetime = event.timestamp
-    return int(stamp.timestamp() * 1_000_000)
+    return time_us(event.timestamp)

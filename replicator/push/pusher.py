@@ -39,6 +39,7 @@ from replicator.errors import (
 from replicator.imagemap import vm_root
 from replicator.log import EventLog
 from replicator.push import journal, trouble
+from replicator.push.compare import compare_heads
 from replicator.push.connection import Connection, ConnectionLostError, connect
 from replicator.push.files import PushFiles
 from replicator.push.journal import EntryDisk, PushEntry
@@ -314,7 +315,9 @@ class Pusher:
             if not await self._still_known(entry):
                 return None
             answer = await connection.ask(self._open(entry, [0] * len(entry.disks)), m.Committed)
-            return Outcome(await self._committed(entry, answer), True, "it was committed already")
+            point = await self._committed(entry, answer)
+            await compare_heads(connection, self._log, self._vm_id, self._name)
+            return Outcome(point, True, "it was committed already")
         try:
             snapshot = await self._source.reopen(entry.snapshot)
         except SnapshotGoneError as error:
@@ -361,7 +364,9 @@ class Pusher:
         except (SnapshotGoneError, ReferenceLostError) as error:
             await self._abandon(entry, str(error), None, raised=True)
             raise
-        return Outcome(await self._committed(entry, answer), resumed, reason, self._resumed_bytes)
+        point = await self._committed(entry, answer)
+        await compare_heads(connection, self._log, self._vm_id, self._name)
+        return Outcome(point, resumed, reason, self._resumed_bytes)
 
     async def _send(
         self, connection: Connection, entry: PushEntry, snapshot: Snapshot

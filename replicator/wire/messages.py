@@ -39,10 +39,13 @@ Position = Annotated[int, msgspec.Meta(ge=0, le=1 << 60)]
 Epoch = Annotated[int, msgspec.Meta(ge=1, le=1 << 31)]
 Reason = Annotated[str, msgspec.Meta(max_length=2000)]
 Micros = Annotated[int, msgspec.Meta(ge=0, le=1 << 60)]
+LogKey = Annotated[str, msgspec.Meta(min_length=1, max_length=400)]
+HeadText = Annotated[str, msgspec.Meta(min_length=1, max_length=4096)]
+Proof = Annotated[tuple[Root, ...], msgspec.Meta(max_length=128)]
 
 RefusalCode = Literal[
     "wrong-parent", "stale-epoch", "unknown-vm", "wrong-key", "state", "busy", "shrink",
-    "root-mismatch", "no-room", "bad-request", "damaged-stream", "failed",
+    "root-mismatch", "no-room", "bad-request", "damaged-stream", "log-broken", "failed",
 ]  # fmt: skip
 
 
@@ -138,6 +141,40 @@ class Committed(Message, frozen=True):
     bytes_pushed: Position
 
 
+class Compare(Message, frozen=True):
+    """Source: show me the head of your log. ``seen``: how many events of it this side has seen already."""
+
+    vm: VmId
+    name: VmName
+    seen: Number
+
+
+class ReceiverHead(Message, frozen=True):
+    """Receiver: the head of its log, signed, proven to continue ``Compare.seen``; and how much it has seen of the source's."""
+
+    key: LogKey
+    head: HeadText
+    proof: Proof
+    seen: Number
+
+
+class SourceHead(Message, frozen=True):
+    """Source: the head of its log, proven to continue ``ReceiverHead.seen``; and the receiver's head, signed by the source
+    too, unless it is not believed.
+    """
+
+    key: LogKey
+    head: HeadText
+    proof: Proof
+    signed: HeadText | None
+
+
+class Signed(Message, frozen=True):
+    """Receiver: the source's head, signed by the receiver too."""
+
+    head: HeadText
+
+
 class Abandon(Message, frozen=True):
     """Source: forget this push."""
 
@@ -163,8 +200,8 @@ class Pong(Message, frozen=True):
     """Receiver: still here. Sent in answer to Ping, and unasked while it works."""
 
 
-FromSource = Query | Open | Finish | Abandon | Ping
-FromReceiver = VmState | Ready | Ack | Committed | Refused | Pong
+FromSource = Query | Open | Finish | Abandon | Compare | SourceHead | Ping
+FromReceiver = VmState | Ready | Ack | Committed | Refused | ReceiverHead | Signed | Pong
 
 #: What msgspec raises for bytes that are no message; text that is not UTF-8 and nesting are not its own errors.
 _UNDECODABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)

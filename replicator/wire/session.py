@@ -11,6 +11,7 @@ from replicator.wire.messages import (
     Abandon,
     Ack,
     Committed,
+    Compare,
     Data,
     Finish,
     Open,
@@ -18,7 +19,10 @@ from replicator.wire.messages import (
     Pong,
     Query,
     Ready,
+    ReceiverHead,
     Refused,
+    Signed,
+    SourceHead,
     VmState,
 )
 
@@ -32,10 +36,13 @@ class Phase(StrEnum):
     PUSHING = "pushing"
     FINISHING = "finishing"
     REFUSED = "refused"
+    COMPARING = "comparing"
+    COMPARED = "compared"
+    SIGNING = "signing"
 
 
 #: What only the source sends; the rest comes from the receiver.
-FROM_SOURCE = (Query, Open, Data, Finish, Abandon)
+FROM_SOURCE = (Query, Open, Data, Finish, Abandon, Compare, SourceHead)
 
 #: (phase, message) → next phase. Ping and Pong may come at any time.
 TABLE: dict[tuple[Phase, type], Phase] = {
@@ -56,6 +63,13 @@ TABLE: dict[tuple[Phase, type], Phase] = {
     (Phase.FINISHING, Ack): Phase.FINISHING,
     (Phase.FINISHING, Committed): Phase.IDLE,
     (Phase.FINISHING, Refused): Phase.IDLE,
+    # After a commit each side shows the other the head of its log.
+    (Phase.IDLE, Compare): Phase.COMPARING,
+    (Phase.COMPARING, ReceiverHead): Phase.COMPARED,
+    (Phase.COMPARING, Refused): Phase.IDLE,
+    (Phase.COMPARED, SourceHead): Phase.SIGNING,
+    (Phase.SIGNING, Signed): Phase.IDLE,
+    (Phase.SIGNING, Refused): Phase.IDLE,
     # Data and a Finish that were on their way when the push was refused are dropped.
     (Phase.REFUSED, Data): Phase.REFUSED,
     (Phase.REFUSED, Finish): Phase.IDLE,

@@ -36,7 +36,8 @@ def test_help_lists_every_command(replctl: Replctl) -> None:
     assert (done.code, done.err) == (0, "")
     listed = set(re.findall(r"^  ([a-z]+)  ", done.out, re.MULTILINE))
     assert listed == {
-        "completion", "export", "failover", "history", "points", "push", "receiver", "run", "seed", "status", "verify",
+        "completion", "export", "failover", "history", "log", "points", "projections",
+            "push", "receiver", "run", "seed", "status", "verify",
     }  # fmt: skip
 
 

@@ -9,7 +9,16 @@ from uuid import UUID
 
 import msgspec
 
-from replicator.domain.model import Damage, Point, PointDisk, PushKind, TestClone, plain, stream_id
+from replicator.domain.model import (
+    Balance,
+    Damage,
+    Point,
+    PointDisk,
+    PushKind,
+    TestClone,
+    plain,
+    stream_id,
+)
 from replicator.domain.vm import ProtectedVm
 
 VM = UUID("3f6c1df0-8c39-4a54-9b1f-0d5a3a1f7e10")
@@ -43,6 +52,31 @@ def point(number: int, kind: PushKind, *, parent: int = 0, epoch: int = 1, since
     )
 
 
+def balance() -> Balance:
+    """The balance of a VM with two points, a damaged one and a test clone."""
+    points = (point(4, PushKind.SEED), point(5, PushKind.CYCLE, parent=4))
+    return Balance(
+        vm=str(VM),
+        name="web",
+        role="receiver",
+        created_us=1_772_500_000_000_000,
+        period=2,
+        epoch=3,
+        state="testing",
+        points=points,
+        newest=points[1],
+        applied=4,
+        damages=(Damage(4, "disk-1", 0, 65536, "replica/disk-1.raw", "why"),),
+        verified={5: 1_772_600_009_000_000},
+        test=TestClone("c0ffee", 5, 1_772_600_009_000_000),
+        tracking_lost=None,
+        abandoned="snapshot is gone",
+        abandoned_point=3,
+        abandoned_push="0123456789abcdef",
+        peer_broken=None,
+    )
+
+
 def read_back(value: Any) -> Any:
     """As a value of an event comes from the log: arrays as lists."""
     return msgspec.msgpack.decode(msgspec.msgpack.encode(plain(value)))
@@ -50,7 +84,8 @@ def read_back(value: Any) -> Any:
 
 #: The fields of one event of each kind.
 FIELDS: dict[str, dict[str, Any]] = {
-    "Registered": {"vm": str(VM), "name": "web", "role": "receiver"},
+    "Registered": {"vm": str(VM), "name": "web", "role": "receiver", "period": 1},
+    "PeriodOpened": {"balance": read_back(balance())},
     "SeedCommitted": {"point": read_back(point(1, PushKind.SEED))},
     "CycleCommitted": {"point": read_back(point(2_000_000, PushKind.CYCLE, parent=1_999_999))},
     "DeltaApplied": {"point": 2},
@@ -67,6 +102,8 @@ FIELDS: dict[str, dict[str, Any]] = {
     "Promoted": {},
     "PromotionUndone": {},
     "MadePermanent": {},
+    "PeerLogBroken": {"reason": "it has 3 events, but it had 5"},
+    "PeerLogAccepted": {},
 }
 
 
@@ -75,7 +112,7 @@ def event(name: str, version: int = 7) -> Any:
     kind = getattr(ProtectedVm, name)
     more = {"originator_topic": ProtectedVm.TOPIC} if name == "Registered" else {}
     return kind(
-        originator_id=stream_id(VM),
+        originator_id=stream_id(VM, 1),
         originator_version=version,
         timestamp=STAMP,
         **more,

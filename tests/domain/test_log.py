@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from replicator.errors import RefusedError
 from replicator.log import EventLog, open_log
 from tests.domain.samples import VM, point
 from tests.limits import HANG_S
+from tests.saving import intercept
 
 
 def state(vm: ProtectedVm | None) -> dict[str, Any]:
@@ -50,13 +52,13 @@ async def test_nobody_sees_a_change_before_it_is_durable(
         await seeded(log)
         before = log.get(VM)
         assert before is not None
-        real = log._application.save
 
-        def save(*aggregates: Any) -> Any:
+        def save(commit: Callable[[], list[Any]]) -> list[Any]:
+            done = commit()
             seen.append(state(log.get(VM)))
-            return real(*aggregates)
+            return done
 
-        monkeypatch.setattr(log._application, "save", save)
+        intercept(monkeypatch, save)
         async with log.change(VM) as vm:
             vm.commit(point(2, PushKind.CYCLE, parent=1))
             vm.delta_applied(1)
@@ -79,16 +81,14 @@ async def test_a_save_that_fails_leaves_memory_equal_to_the_log(
     """Also where the error came after the events had been stored: an error does not say which."""
     async with open_log(tmp_path) as log:
         await seeded(log)
-        recorder = log._application.recorder
-        real = type(recorder).insert_events
 
-        def insert_events(self: Any, *args: Any, **kwargs: Any) -> Any:
+        def save(commit: Callable[[], list[Any]]) -> list[Any]:
             if saved:
-                real(self, *args, **kwargs)
+                commit()
             raise OperationalError("no room")
 
         with monkeypatch.context() as patch:
-            patch.setattr(type(recorder), "insert_events", insert_events)
+            intercept(patch, save)
             with pytest.raises(OperationalError, match="no room"):
                 await commit_and_apply(log)
         found = log.get(VM)

@@ -29,7 +29,7 @@ def main(path: str, steps: int) -> None:
 
     environment.observe_commit = observe
     opened = LMDBEnvironment.open(path)
-    recorder = LMDBApplicationRecorder(opened)
+    recorder = LMDBApplicationRecorder(opened, tree=True)
     journal = Journal(opened, "work")
     version = recorder.max_notification_id() or 0
     while True:

@@ -5,15 +5,15 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import lmdb.verify
 import pytest
 from eventsourcing.persistence import OperationalError, StoredEvent
 
-from eventstore import Journal, LMDBApplicationRecorder, LMDBEnvironment, environment
-from eventstore.environment import StrPath
+from eventstore import Journal, LMDBApplicationRecorder, LMDBEnvironment, environment, mapping
+from eventstore.mapping import StrPath
 from tests.eventstore.crash_child import AGGREGATE, BATCH
 from tests.limits import HANG_S
 
@@ -57,8 +57,8 @@ def check_everything(path: Path, lines: list[list[str]]) -> int:
     return count
 
 
-# Databases are made in 4 commits (8 steps), then events and journal entries take turns.
-@pytest.mark.parametrize("steps", range(1, 15))
+# Databases are made in 6 commits (12 steps), then events and journal entries take turns.
+@pytest.mark.parametrize("steps", range(1, 19))
 def test_kill_at_every_commit_step_loses_nothing_acknowledged(tmp_path: Path, steps: int) -> None:
     path = tmp_path / "events"
     lines = run_child(path, steps)
@@ -66,14 +66,14 @@ def test_kill_at_every_commit_step_loses_nothing_acknowledged(tmp_path: Path, st
     expected_step = "before-commit" if steps % 2 else "after-commit"
     assert lines[-1] == ["killed", expected_step]
     # Before its commit nothing of a batch is there; right after it, all is, acknowledged or not.
-    assert first == BATCH * ((steps - 6) // 4 if steps >= 10 else 0)
+    assert first == BATCH * ((steps - 10) // 4 if steps >= 14 else 0)
 
 
 def test_killed_again_and_again_the_log_goes_on(tmp_path: Path) -> None:
     path = tmp_path / "events"
     lines: list[list[str]] = []
     counts = []
-    for steps in (11, 5, 6, 9):
+    for steps in (15, 5, 6, 9):
         lines += run_child(path, steps)
         counts.append(check_everything(path, lines))
     # Only the first run has databases to make.
@@ -103,15 +103,19 @@ def check_after_refusal(path: str, acknowledged: int) -> None:
     assert structural_faults(path) == []
 
 
-def test_a_full_map_is_a_clear_error_and_leaves_nothing_half_written(tmp_path: Path) -> None:
+def test_a_map_that_may_not_grow_is_a_clear_error_and_leaves_nothing_half_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mapping, "MAP_SIZE_BYTES_MAX", 1 << 18)
     path = os.fspath(tmp_path / "events")
-    with LMDBEnvironment.open(path, map_size=1 << 18) as opened:
+    with LMDBEnvironment.open(path, map_size=1 << 17) as opened:
         recorder = LMDBApplicationRecorder(opened)
         acknowledged = fill(recorder)
         assert acknowledged > 10
-        with pytest.raises(OperationalError, match="LMDB_MAP_SIZE"):
+        with pytest.raises(OperationalError, match="may not grow over 262144"):
             recorder.insert_events(events(acknowledged, 50_000))
         assert recorder.max_notification_id() == acknowledged
+    monkeypatch.undo()
     check_after_refusal(path, acknowledged)
 
 
@@ -142,6 +146,75 @@ def test_a_full_disk_is_a_clear_error_and_leaves_nothing_half_written(tmp_path: 
     acknowledged = int(child.stdout)
     assert acknowledged > 10
     check_after_refusal(path, acknowledged)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 2 MiB of its own; needs the right to mount, and fails without it."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", os.fspath(folder)], check=True
+    )
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", os.fspath(folder)], check=True)
+
+
+def test_on_a_full_disk_the_store_is_usable_again_once_there_is_room(small_disk: Path) -> None:
+    ballast = small_disk / "ballast"
+    ballast.write_bytes(bytes(1 << 20))
+    with LMDBEnvironment.open(small_disk / "events") as opened:
+        recorder = LMDBApplicationRecorder(opened, tree=True)
+        acknowledged = fill(recorder)
+        assert acknowledged > 100
+        with pytest.raises(OperationalError, match="No space left"):
+            recorder.insert_events(events(acknowledged, 100_000))
+        assert recorder.verify() == acknowledged
+        ballast.unlink()
+        assert recorder.insert_events(events(acknowledged, 100_000)) == [acknowledged + 1]
+        assert recorder.verify() == acknowledged + 1
+    assert structural_faults(small_disk / "events") == []
+
+
+READER = """
+import os, signal, sys
+from eventstore import LMDBEnvironment
+def die(txn):
+    print("reading", flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+LMDBEnvironment.open(sys.argv[1], readonly=True).read(die)
+"""
+
+
+def test_a_reader_that_was_killed_keeps_pages_only_until_its_slot_is_cleared(
+    tmp_path: Path,
+) -> None:
+    with LMDBEnvironment.open(tmp_path / "events") as opened:
+        journal = Journal(opened, "work")
+
+        def grown_by(commits: int) -> int:
+            before = opened.read(lambda _: opened._shared.lmdb.info()["last_pgno"])
+            for number in range(commits):
+                journal.put("k", b"%d" % number * 500)
+            last: int = opened.read(lambda _: opened._shared.lmdb.info()["last_pgno"])
+            return last - before
+
+        grown_by(20)
+        assert opened.check_readers() == 0
+        child = subprocess.run(
+            [sys.executable, "-c", READER, opened.path],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            timeout=HANG_S,
+            check=False,
+        )
+        assert child.returncode == -signal.SIGKILL
+        assert grown_by(100) > 100
+        assert opened.check_readers() == 1
+        assert opened.check_readers() == 0
+        assert grown_by(100) < 10
 
 
 @pytest.fixture

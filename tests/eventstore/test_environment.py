@@ -21,9 +21,9 @@ from eventsourcing.persistence import (
     StoredEvent,
 )
 
-from eventstore import Journal, LMDBApplicationRecorder, LMDBEnvironment
-from eventstore import environment as environment_module
-from eventstore.environment import MAX_DATABASES, _library_error
+from eventstore import Journal, LMDBApplicationRecorder, LMDBEnvironment, mapping, shared
+from eventstore.errors import library_error
+from eventstore.mapping import MAX_DATABASES
 from tests.limits import HANG_S
 
 ROOT = Path(__file__).parents[2]
@@ -202,7 +202,7 @@ def test_a_write_inside_a_write_and_a_close_inside_a_transaction_are_refused(
         environment.write(lambda _: environment.write(lambda txn: txn.id()))
     with pytest.raises(InterfaceError, match="inside a transaction"):
         environment.read(lambda _: environment.close())
-    with pytest.raises(ProgrammingError, match="before the write"):
+    with pytest.raises(ProgrammingError, match="before the transaction"):
         environment.write(lambda _: environment.database("late"))
     # None of them did harm, and a read inside a write sees what is committed.
     database = environment.database("d")
@@ -314,7 +314,7 @@ def test_the_library_class_of_each_lmdb_error(
     if error is FileSystemError:
         made = lmdb.Error("what")
         made.__dict__["code"] = errno.EIO
-    mapped = _library_error(made, "/path")
+    mapped = library_error(made, "/path")
     assert type(mapped) is expected
     assert "/path" in str(mapped)
 
@@ -326,7 +326,7 @@ def test_a_handle_that_the_collector_closes_in_the_middle_of_an_open_is_closed_a
     forgotten = LMDBEnvironment.open(tmp_path / "forgotten")
     closed = LMDBEnvironment.open(tmp_path / "forgotten")
     closed.close()
-    open_lmdb = environment_module._open_lmdb
+    open_lmdb = mapping._open_lmdb
 
     def collect_then_open(*args: Any, **kwargs: Any) -> lmdb.Environment:
         closed.close()
@@ -334,10 +334,99 @@ def test_a_handle_that_the_collector_closes_in_the_middle_of_an_open_is_closed_a
         assert forgotten.read(lambda _: "still open") == "still open"
         return open_lmdb(*args, **kwargs)
 
-    monkeypatch.setattr(environment_module, "_open_lmdb", collect_then_open)
+    monkeypatch.setattr(mapping, "_open_lmdb", collect_then_open)
     with LMDBEnvironment.open(tmp_path / "other"):
         with pytest.raises(InterfaceError, match="is closed"):
             forgotten.read(lambda _: None)
         monkeypatch.undo()
         with LMDBEnvironment.open(tmp_path / "forgotten") as again:
             assert again.read(lambda _: "open again") == "open again"
+
+
+def test_a_handle_that_the_collector_closes_in_the_middle_of_anything_waits_for_its_end(
+    tmp_path: Path,
+) -> None:
+    # Were it closed at once, this thread would wait for locks that the other one holds, which waits
+    # for what this thread holds.
+    opened = LMDBEnvironment.open(tmp_path / "events")
+    forgotten = LMDBEnvironment.open(tmp_path / "forgotten")
+    again = LMDBEnvironment.open(tmp_path / "events")
+
+    def in_transaction(_: object) -> str:
+        again.close()
+        assert again.read(lambda _: "open") == "open"
+        return forgotten.read(lambda _: "still open")
+
+    with opened._shared.guard:
+        forgotten.close()
+        assert forgotten.read(lambda _: "still open") == "still open"
+    assert opened.read(in_transaction) == "still open"
+    for handle in (forgotten, again):
+        with pytest.raises(InterfaceError, match="is closed"):
+            handle.read(lambda _: None)
+    assert os.path.realpath(tmp_path / "forgotten") not in shared.registry.shared
+    opened.close()
+
+
+async def test_two_threads_that_forget_handles_of_each_others_stores_do_not_wait_for_each_other(
+    tmp_path: Path,
+) -> None:
+    first = LMDBEnvironment.open(tmp_path / "first")
+    second = LMDBEnvironment.open(tmp_path / "second")
+    both = [trio.Event(), trio.Event()]
+
+    def use(own: LMDBEnvironment, other: LMDBEnvironment, place: int) -> None:
+        def collect(_: object) -> None:
+            trio.from_thread.run_sync(both[place].set)
+            trio.from_thread.run(both[1 - place].wait)
+            # The other store is in the middle of a transaction, as this one is.
+            other.close()
+
+        own.read(collect)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(
+            trio.to_thread.run_sync, use, first, LMDBEnvironment.open(second.path), 0
+        )
+        nursery.start_soon(
+            trio.to_thread.run_sync, use, second, LMDBEnvironment.open(first.path), 1
+        )
+    first.close()
+    second.close()
+    assert not {first.path, second.path} & shared.registry.shared.keys()
+
+
+def test_the_id_of_the_last_transaction_moves_with_every_commit_and_nothing_else(
+    environment: LMDBEnvironment,
+) -> None:
+    before = environment.last_transaction()
+    environment.read(lambda txn: txn.id())
+    environment.write(lambda _: None)
+    assert environment.last_transaction() == before
+    environment.write(lambda txn: txn.put(b"k", b"v"))
+    assert environment.last_transaction() == before + 1
+
+
+def test_a_database_is_opened_beside_a_writer_and_not_inside_a_transaction(
+    environment: LMDBEnvironment,
+) -> None:
+    # The binding's own way to open one holds the interpreter's lock while it waits for the writer.
+    child = """
+import sys, threading
+from eventstore import LMDBEnvironment
+opened = LMDBEnvironment.open(sys.argv[1])
+writing, go = threading.Event(), threading.Event()
+def write(txn):
+    writing.set()
+    go.wait()
+thread = threading.Thread(target=opened.write, args=(write,))
+thread.start()
+writing.wait()
+threading.Timer(0, go.set).start()
+print(opened.find_database("nothing"))
+thread.join()
+"""
+    assert run_python(child, environment.path) == "None\n"
+    for transaction in (environment.read, environment.write):
+        with pytest.raises(ProgrammingError, match="before the transaction"):
+            transaction(lambda _: environment.database("late"))

@@ -13,14 +13,19 @@ from eventsourcing.persistence import (
     InfrastructureFactory,
     InfrastructureFactoryError,
     InterfaceError,
-    NotSupportedError,
     OperationalError,
     ProgrammingError,
-    TrackingRecorder,
 )
+from eventsourcing.popo import POPOTrackingRecorder
 from eventsourcing.utils import Environment, get_topic
 
-from eventstore import LMDBAggregateRecorder, LMDBApplicationRecorder, LMDBFactory
+from eventstore import (
+    LMDBAggregateRecorder,
+    LMDBApplicationRecorder,
+    LMDBFactory,
+    LMDBProcessRecorder,
+    LMDBTrackingRecorder,
+)
 
 
 class Counter(Aggregate):
@@ -48,8 +53,8 @@ def variables(path: Path, **more: str) -> dict[str, str]:
     return {"PERSISTENCE_MODULE": "eventstore", "LMDB_PATH": os.fspath(path), **more}
 
 
-def make_factory(path: Path, **more: str) -> InfrastructureFactory[TrackingRecorder]:
-    made = InfrastructureFactory[TrackingRecorder].construct(
+def make_factory(path: Path, **more: str) -> InfrastructureFactory[LMDBTrackingRecorder]:
+    made = InfrastructureFactory[LMDBTrackingRecorder].construct(
         Environment("app", variables(path, **more))
     )
     assert isinstance(made, LMDBFactory)
@@ -148,19 +153,37 @@ def test_sizes_come_from_the_variables(tmp_path: Path) -> None:
     factory.close()
 
 
-def test_recorder_classes_and_what_is_not_there(tmp_path: Path) -> None:
+def test_recorder_classes_come_from_the_variables_and_must_be_ours(tmp_path: Path) -> None:
     factory = make_factory(tmp_path / "events", APPLICATION_RECORDER_TOPIC=get_topic(OwnRecorder))
     assert type(factory.application_recorder()) is OwnRecorder
     assert type(factory.aggregate_recorder()) is LMDBAggregateRecorder
-    with pytest.raises(NotSupportedError, match="tracking"):
-        factory.tracking_recorder()
-    with pytest.raises(NotSupportedError, match="process"):
-        factory.process_recorder()
+    assert type(factory.tracking_recorder()) is LMDBTrackingRecorder
+    assert type(factory.process_recorder()) is LMDBProcessRecorder
+    with pytest.raises(InfrastructureFactoryError, match="not an LMDBTrackingRecorder"):
+        factory.tracking_recorder(POPOTrackingRecorder)  # type: ignore[arg-type]
     factory.close()
     wrong = make_factory(tmp_path / "events", APPLICATION_RECORDER_TOPIC=get_topic(Counter))
-    with pytest.raises(InfrastructureFactoryError, match="not an LMDB application recorder"):
+    with pytest.raises(InfrastructureFactoryError, match="not an LMDBApplicationRecorder"):
         wrong.application_recorder()
     wrong.close()
+
+
+def test_an_events_log_has_a_tree_unless_told_otherwise_and_snapshots_have_none(
+    tmp_path: Path,
+) -> None:
+    factory = make_factory(tmp_path / "with")
+    for recorder in (factory.application_recorder(), factory.process_recorder()):
+        assert isinstance(recorder, LMDBApplicationRecorder)
+        assert recorder.tree is not None
+    snapshots = factory.aggregate_recorder("snapshots")
+    assert isinstance(snapshots, LMDBAggregateRecorder)
+    assert snapshots.tree is None
+    factory.close()
+    without = make_factory(tmp_path / "without", LMDB_TREE="no")
+    recorder = without.application_recorder()
+    assert isinstance(recorder, LMDBApplicationRecorder)
+    assert recorder.tree is None
+    without.close()
 
 
 def test_create_table_no_gives_a_recorder_that_makes_nothing(tmp_path: Path) -> None:

@@ -105,6 +105,7 @@ def test_signs_of_life_may_come_at_any_time(phase: Phase) -> None:
 
 def test_every_phase_is_left_by_what_its_side_sends() -> None:
     waits_for_receiver = {Phase.ASKED, Phase.OPENING, Phase.FINISHING}
+    waits_for_receiver |= {Phase.COMPARING, Phase.SIGNING}
     for phase in Phase:
         movers = [kind for (at, kind), to in TABLE.items() if at is phase and to is not phase]
         assert movers

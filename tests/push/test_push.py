@@ -99,20 +99,29 @@ async def same_on_both_sides(rx: ReceiverSite, sx: SourceSite, points: int) -> N
 
 
 async def totals(line: Line, push: Any) -> list[int]:
-    """Bytes each way of a push whose line holds."""
+    """Bytes each way of a push whose line holds, up to the answer to its commit."""
+
+    async def until_then(*_: Any) -> None:
+        return
+
     line.passed.clear()
-    await push()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pusher, "compare_heads", until_then)
+        await push()
     (passed,) = line.passed
     return passed
 
 
 def places(total: int, way: str, number: int) -> list[Cut]:
-    """Cuts from the end of the handshake to the last byte, evenly, and close together at both ends."""
+    """Cuts from the end of the handshake to the last byte, evenly, and close together at both ends; and while the heads of the
+    logs are compared, after the push.
+    """
     first = 200 if way == "to_receiver" else 110
     ends = [first, first + 60, first + 150, total - 300, total - 150, total - 60, total - 1]
     count = number - len(ends)
     even = (first + (total - first) * n // count for n in range(count))
     cuts = sorted({at for at in (*ends, *even) if first <= at < total})
+    cuts += [total + 30, total + 200, total + 700]
     return [Cut(to_receiver=at) if way == "to_receiver" else Cut(to_source=at) for at in cuts]
 
 

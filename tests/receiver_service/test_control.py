@@ -115,7 +115,7 @@ async def test_verify_says_how_far_it_is_and_what_it_found(tmp_path: Path) -> No
         ("GET", "//[", {}, UsageError),
         ("GET", "/v1/vms/web/history?after=-1", {}, UsageError),
         ("GET", "/v1/vms/web/history?limit=%C2%B2", {}, UsageError),
-        ("GET", "/v1/vms/web/history?after=1111111111111111", {}, UsageError),
+        ("GET", "/v1/vms/web/history?after=1111111111111111111", {}, UsageError),
         ("POST", "/v1/vms/web/verify", {"point": 0}, UsageError),
         ("POST", "/v1/vms/web/verify", {"point": True}, UsageError),
         ("POST", "/v1/vms/web/verify", {"point": "1"}, UsageError),

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from eventsourcing.persistence import OperationalError
 
 from receiver.store.admission import PushRefusedHereError
 from tests.receiver.store_lab import StoreFixture, open_store
+from tests.saving import intercept
 
 GRAIN = 4096
 ONE = b"one" * 4 * GRAIN
@@ -51,15 +53,14 @@ async def test_a_commit_whose_save_fails(
         await fixture.settle()
         push = fixture.prepare({"disk-0": TWO})
         landing = await fixture.land(push)
-        real = fixture.log._application.save
 
-        def save(*aggregates: Any) -> Any:
+        def save(commit: Callable[[], list[Any]]) -> list[Any]:
             if saved:
-                real(*aggregates)
+                commit()
             raise OperationalError("the disk has gone")
 
         with monkeypatch.context() as patch:
-            patch.setattr(fixture.log._application, "save", save)
+            intercept(patch, save)
             with pytest.raises(OperationalError):
                 await fixture.commit(push, landing)
         assert store.paths.partial(2).is_dir() != saved
@@ -89,18 +90,17 @@ async def test_nothing_is_applied_before_its_commit_is_durable(
         await fixture.push({"disk-0": ONE})
         await fixture.settle()
         saving, go_on = trio.Event(), trio.Event()
-        real = fixture.log._application.save
 
-        def save(*aggregates: Any) -> Any:
+        def save(commit: Callable[[], list[Any]]) -> list[Any]:
             trio.from_thread.run_sync(saving.set)
             trio.from_thread.run(go_on.wait)
-            return real(*aggregates)
+            return commit()
 
         push = fixture.prepare({"disk-0": TWO})
         landing = await fixture.land(push)
         async with trio.open_nursery() as nursery:
             with monkeypatch.context() as patch:
-                patch.setattr(fixture.log._application, "save", save)
+                intercept(patch, save)
                 nursery.start_soon(fixture.commit, push, landing)
                 await saving.wait()
             store.wake()

@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""What an operator asks of the log, as `replctl log` and the control socket show it. What takes a LogStore blocks."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+from eventstore.segments import Segment, export_json_lines
+from replicator import durable
+from replicator.domain.model import stream_id
+from replicator.domain.views import instant
+from replicator.errors import DamageError, RefusedError, StateError
+from replicator.log import past, periods, states
+from replicator.log.event_log import EventLog
+from replicator.log.periods import Period
+from replicator.log.store import LogStore
+
+_COPY_BYTES = 1 << 20
+
+
+async def seal(log: EventLog) -> dict[str, Any]:
+    """Close the open period, if there is anything in it, and seal every closed one."""
+    await log.close_period()
+    sealed = await log.seal()
+    return {"sealed": [_shown(log.store, period) for period in sealed]}
+
+
+async def accept(log: EventLog, vm: str) -> dict[str, Any]:
+    """Believe the other side's log again. Raises RefusedError."""
+    found = log.find(vm)
+    await log.accept_peer(UUID(found.vm))
+    return {"vm": found.name}
+
+
+def list_periods(store: LogStore) -> list[dict[str, Any]]:
+    """All periods, oldest first."""
+    return [_shown(store, period) for period in periods.load(store.periods)]
+
+
+def _shown(store: LogStore, period: Period) -> dict[str, Any]:
+    path = store.archive.path(period)
+    sealed = period.segment is not None
+    there = sealed and path.exists()
+    return {
+        "number": period.number,
+        "label": period.label,
+        "opened_at": instant(period.opened_at_us),
+        "first": period.first,
+        "last": period.last or store.head(),
+        "state": ("sealed" if there else "away") if sealed else "closed" if period.last else "open",
+        "file": path.name if sealed else None,
+        "bytes": path.stat().st_size if there else None,
+    }
+
+
+def find(store: LogStore, name: str) -> Period:
+    """The sealed period that an operator calls so: its file, its label or its number. Raises RefusedError."""
+    sealed = store.archive.sealed()
+    for period in sealed:
+        if name in (store.archive.path(period).name, period.label, str(period.number)):
+            return period
+    have = ", ".join(period.label for period in sealed) or "none"
+    raise RefusedError(f"no sealed segment {name!r} here (sealed: {have})")
+
+
+def export(store: LogStore, name: str, target: Path, *, move: bool) -> dict[str, Any]:
+    """Copy a segment to a new file, or write it as JSON lines; verified first. Raises RefusedError if the file exists."""
+    period = find(store, name)
+    path = store.archive.path(period)
+    if target.exists():
+        raise RefusedError(f"{target} exists already")
+    partial = target.with_name(target.name + ".building")
+    try:
+        with store.archive.open(period) as segment:
+            segment.verify()
+            if segment.info.root != store.root_at(period.last):
+                raise DamageError(f"{path.name} is not what this log sealed")
+            if target.suffix == ".jsonl":
+                _write_lines(store, segment, partial)
+            else:
+                _copy(path, partial)
+        os.rename(partial, target)
+        durable.sync_dir(target.parent)
+    except OSError as error:
+        raise StateError(f"{target}: {error.strerror or error}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+    if move:
+        with Segment.open(target) as copied:
+            copied.verify()
+        durable.unlink(path)
+    return _shown(store, period)
+
+
+def _write_lines(store: LogStore, segment: Segment, path: Path) -> None:
+    with path.open("xb") as file:
+        export_json_lines(segment, file, mapper=store.mapper)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _copy(source: Path, target: Path) -> None:
+    with source.open("rb") as reader, target.open("xb") as writer:
+        while piece := reader.read(_COPY_BYTES):
+            writer.write(piece)
+        writer.flush()
+        os.fsync(writer.fileno())
+
+
+def bring_back(store: LogStore, source: Path) -> dict[str, Any]:
+    """Put a segment back where it belongs, verified against the log's own tree. Raises RefusedError, DamageError."""
+    with Segment.open(source) as segment:
+        info = segment.info
+        period = next(
+            (p for p in store.archive.sealed() if (p.first, p.last) == (info.first, info.last)),
+            None,
+        )
+        if period is None:
+            raise RefusedError(
+                f"this log has sealed no segment of events {info.first} to {info.last}"
+            )
+        path = store.archive.path(period)
+        if path.exists():
+            raise RefusedError(f"{path.name} is here already")
+        segment.verify()
+        if info.root != store.root_at(period.last):
+            raise DamageError(f"{source} is not what this log sealed as {path.name}")
+    partial = path.with_suffix(".building")
+    try:
+        durable.make_dir(path.parent)
+        partial.unlink(missing_ok=True)
+        _copy(source, partial)
+        durable.rename(partial, path)
+    except OSError as error:
+        raise StateError(f"{path}: {error.strerror or error}") from error
+    return _shown(store, period)
+
+
+def number_of(store: LogStore, name: str, event: int) -> int:
+    """The number in the log of a VM's event. Raises RefusedError."""
+    vms = states.recall(store).values()
+    vm = next((vm for vm in vms if name in (vm.name, vm.vm)), None)
+    if vm is None:
+        raise RefusedError(f"no VM {name!r} here")
+    uuid = UUID(vm.vm)
+    found, _ = past.page(store, uuid, past.Wanted(limit=1, after=event - 1))
+    if found and found[0].originator_version == event:
+        stream = found[0].originator_id
+        (period,) = [p for p in periods.load(store.periods) if stream_id(uuid, p.number) == stream]
+        for note in store.notifications(period.first, period.last or None):
+            if (note.originator_id, note.originator_version) == (stream, event):
+                return note.id
+    raise RefusedError(f"VM {vm.name} has no event {event}")
+
+
+__all__ = ["accept", "bring_back", "export", "find", "list_periods", "number_of", "seal"]

@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""The whole log, live rows and sealed segments together, as if nothing had ever been moved away. Everything here blocks.
+
+Segments stand in ``events/segments``. One that an operator has moved off is named in the error, and can be brought back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+from uuid import UUID
+
+from eventsourcing.persistence import Notification, OperationalError, StoredEvent
+
+from eventstore.environment import LMDBEnvironment
+from eventstore.journal import Journal
+from eventstore.merkle import HASH_BYTES
+from eventstore.recorders import LMDBApplicationRecorder
+from eventstore.records import originator_key
+from eventstore.segments import Segment
+from replicator.log import periods
+from replicator.log.periods import Period
+
+if TYPE_CHECKING:
+    from eventstore.environment import Transaction
+
+FOLDER = "segments"
+SUFFIX = ".segment"
+
+
+class SegmentAwayError(OperationalError):
+    """A sealed segment that is needed is not where it belongs."""
+
+
+class Archive:
+    """The sealed periods of the log in ``folder``."""
+
+    def __init__(self, folder: Path, rows: Journal) -> None:
+        self.folder = folder / FOLDER
+        self._rows = rows
+
+    def path(self, period: Period) -> Path:
+        """Where a period's segment belongs, whether it is there or not."""
+        return self.folder / (period.label + SUFFIX)
+
+    def open(self, period: Period) -> Segment:
+        """A sealed period's segment, to be closed by the caller. Raises SegmentAwayError, SegmentError."""
+        path = self.path(period)
+        if not path.exists():
+            raise SegmentAwayError(
+                f"events {period.first} to {period.last} are in {path.name}, which is not in {path.parent}:"
+                " bring it back with replctl log import FILE"
+            )
+        return Segment.open(path)
+
+    def sealed(self) -> list[Period]:
+        """The periods that are sealed, in order."""
+        return [period for period in periods.load(self._rows) if period.segment is not None]
+
+    def holding(self, first: int, last: int) -> Iterator[tuple[Period, int, int]]:
+        """The sealed periods that hold some of these events, with the first and last that each holds."""
+        for period in self.sealed():
+            if period.first <= last and first <= period.last:
+                yield period, max(first, period.first), min(last, period.last)
+
+    def stream(self, period: Period, stream: UUID) -> list[StoredEvent]:
+        """All events of one stream in a sealed period."""
+        with self.open(period) as segment:
+            return segment.stream(originator_key(stream))
+
+    def notifications(self, first: int, last: int) -> Iterator[Notification]:
+        """Sealed events, in order."""
+        for period, begin, end in self.holding(first, last):
+            with self.open(period) as segment:
+                yield from segment.notifications(begin, end)
+
+    def leaf_hashes(self, first: int, last: int) -> list[bytes]:
+        """The tree's leaves of sealed events ``first`` to ``last``, as far as they are sealed."""
+        found: list[bytes] = []
+        for period, begin, end in self.holding(first, last):
+            kept = _kept(period, begin, end)
+            if kept is not None:
+                found += kept
+                continue
+            with self.open(period) as segment:
+                found += segment.leaf_hashes(begin, end - begin + 1)
+        return found
+
+
+def _kept(period: Period, first: int, last: int) -> list[bytes] | None:
+    """These leaves out of the period's row, if it keeps them."""
+    ends = (
+        (period.first, period.lead),
+        (period.last + 1 - len(period.tail) // HASH_BYTES, period.tail),
+    )
+    for begin, leaves in ends:
+        cut = leaves[(first - begin) * HASH_BYTES : (last + 1 - begin) * HASH_BYTES]
+        if first >= begin and len(cut) == (last + 1 - first) * HASH_BYTES:
+            return [cut[at : at + HASH_BYTES] for at in range(0, len(cut), HASH_BYTES)]
+    return None
+
+
+class WholeRecorder(LMDBApplicationRecorder):
+    """The log's recorder, which reads on in the segments where the live log does not begin with the first event."""
+
+    def __init__(self, environment: LMDBEnvironment, name: str, archive: Archive) -> None:
+        super().__init__(environment, name, tree=True)
+        self._archive = archive
+
+    def live_first(self) -> int:
+        """The first event that the live log may hold."""
+        return super().first_nid()
+
+    def first_nid(self) -> int:
+        """The first event that can be read from here on without a gap, sealed or live."""
+        first = self.live_first()
+        for period in reversed(self._archive.sealed() if first > 1 else []):
+            if period.last + 1 == first and self._archive.path(period).exists():
+                first = period.first
+        return first
+
+    def select_notifications(
+        self,
+        start: int | None,
+        limit: int,
+        stop: int | None = None,
+        topics: Sequence[str] = (),
+        *,
+        inclusive_of_start: bool = True,
+    ) -> Sequence[Notification]:
+        """As the live log's, from the very first event on. Raises SegmentAwayError too."""
+        low = max(1, (start or 1) + (start is not None and not inclusive_of_start))
+        found: list[Notification] = []
+        floor = self.live_first() - 1
+        if low <= floor:
+            end = floor if stop is None else min(floor, stop)
+            for note in self._archive.notifications(low, end):
+                if len(found) >= limit:
+                    return found
+                if not topics or note.topic in topics:
+                    found.append(note)
+            low = floor + 1
+        if len(found) < limit:
+            found += super().select_notifications(low, limit - len(found), stop, topics)
+        return found
+
+    def leaves(self, txn: Transaction) -> Callable[[int, int], Sequence[bytes]]:
+        """For the tree: the leaves of any events, by index from 0, as of this transaction."""
+
+        def leaves(index: int, count: int) -> Sequence[bytes]:
+            floor = self._log().floor(txn)
+            first, last = index + 1, index + count
+            found: list[bytes] = []
+            if first <= floor:
+                found += self._archive.leaf_hashes(first, min(last, floor))
+            if last > floor:
+                begin = max(first, floor + 1)
+                found += self.leaf_hashes(txn, begin, last - begin + 1)
+            return found
+
+        return leaves
+
+
+__all__ = ["FOLDER", "SUFFIX", "Archive", "SegmentAwayError", "WholeRecorder"]

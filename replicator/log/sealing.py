@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""Moving a closed period into its segment. Blocks.
+
+The segment is written, durable, read back in full and named; then the period's row says so; then the live rows go, in
+bounded steps. A crash between any two leaves something that the next start takes up again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import msgspec
+import trio
+
+from eventstore.checkpoint import Checkpoint, CheckpointKey, sign
+from eventstore.records import originator_key
+from eventstore.segments import CanonicalParts, Segment, write_segment
+from eventstore.tree import BLOCK_LEAVES, Leaves, TreeLog
+from replicator import durable
+from replicator.errors import DamageError
+from replicator.log.periods import Period
+from replicator.log.store import LogStore
+
+if TYPE_CHECKING:
+    from eventstore.environment import Transaction
+
+#: Rows that go in one transaction.
+DROP_ROWS = 2000
+
+
+def seal(store: LogStore, key: CheckpointKey, period: Period) -> Period:
+    """The closed period as it is when its segment is there. In a trio thread a cancellation is heard now and then; nothing
+    is left of the segment then.
+
+    Raises OSError and the event store's errors: a full disk, say; to be tried again.
+    """
+    path = store.archive.path(period)
+    root = store.root_at(period.last)
+    if path.exists():  # from before a crash: its row was not written any more
+        with Segment.open(path) as segment:
+            segment.verify()
+            if (segment.info.first, segment.info.root) != (period.first, root):
+                raise DamageError(f"{path} is there, and is not what this log would seal")
+    else:
+        durable.make_dir(store.archive.folder)
+        before = store.read_tree(
+            lambda tree, txn, leaves: tree.frontier_at(txn, period.first - 1, leaves)
+        )
+        origin = key.verifier.name
+        write_segment(
+            path,
+            origin=origin,
+            label=period.label,
+            first=period.first,
+            last=period.last,
+            frontier=before.hashes,
+            checkpoint=sign(Checkpoint(origin, period.last, root), key),
+            records=_records(store, period),
+            root=root,
+        )
+    lead, tail = _ends(store, period)
+    return msgspec.structs.replace(period, segment=path.name, lead=lead, tail=tail)
+
+
+def _ends(store: LogStore, period: Period) -> tuple[bytes, bytes]:
+    """The leaves of the period in the blocks of the tree that it shares with its neighbours."""
+    lead_end = -(-(period.first - 1) // BLOCK_LEAVES) * BLOCK_LEAVES
+    lead_end = min(max(lead_end, period.first - 1), period.last)
+    tail_first = max(period.last // BLOCK_LEAVES * BLOCK_LEAVES, lead_end) + 1
+
+    def read(_tree: TreeLog, txn: Transaction, _leaves: Leaves) -> tuple[bytes, bytes]:
+        hashes = store.recorder.leaf_hashes
+        lead = hashes(txn, period.first, lead_end + 1 - period.first)
+        return b"".join(lead), b"".join(hashes(txn, tail_first, period.last + 1 - tail_first))
+
+    return store.read_tree(read)
+
+
+def _records(store: LogStore, period: Period) -> Iterator[CanonicalParts]:
+    for note in store.notifications(period.first, period.last):
+        if not note.id % 512:
+            trio.from_thread.check_cancelled()
+        yield CanonicalParts(
+            note.id,
+            originator_key(note.originator_id),
+            note.originator_version,
+            note.topic,
+            note.state,
+        )
+
+
+__all__ = ["DROP_ROWS", "seal"]

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""The projection of what protection has cost, by VM and day: cycles, bytes, seconds, and what went wrong. It outlives
+retention and sealed periods, and can be thrown away.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+import msgspec
+from eventsourcing.persistence import Notification
+
+from eventstore.projections import Projection, View
+from replicator.domain.model import Point, PushKind
+from replicator.domain.vm import ProtectedVm, event_time_us
+
+NAME = "usage"
+_VM = b"v"
+_DAY = b"d"
+
+
+class Usage(msgspec.Struct, frozen=True, array_like=True):
+    """Sums. ``busy_us``: microseconds from a push's start to its commit."""
+
+    seeds: int = 0
+    cycles: int = 0
+    bytes_pushed: int = 0
+    busy_us: int = 0
+    abandoned: int = 0
+    damages: int = 0
+    tests: int = 0
+
+    def plus(self, other: Usage) -> Usage:
+        """Both together."""
+        pairs = zip(msgspec.structs.astuple(self), msgspec.structs.astuple(other), strict=True)
+        return Usage(*(a + b for a, b in pairs))
+
+
+_decoder = msgspec.msgpack.Decoder(Usage)
+
+
+def of(event: Any) -> Usage:
+    """What one event adds."""
+    match event:
+        case ProtectedVm.SeedCommitted() | ProtectedVm.CycleCommitted():
+            point = msgspec.convert(event.point, Point)
+            seed = point.kind is PushKind.SEED
+            return Usage(int(seed), int(not seed), point.bytes_pushed, point.duration_us)
+        case ProtectedVm.PushAbandoned():
+            return Usage(abandoned=1)
+        case ProtectedVm.PointDamaged():
+            return Usage(damages=1)
+        case ProtectedVm.TestStarted():
+            return Usage(tests=1)
+    return Usage()
+
+
+class UsageByDay(Projection):
+    """Keeps ``usage``. Rows: which VM a stream belongs to, and a VM's sums of one day (UTC)."""
+
+    name = NAME
+    revision = 1
+    topics: Sequence[str] = ()
+
+    def __init__(self, event: Callable[[Notification], Any]) -> None:
+        self._event = event
+
+    def apply(self, view: View, notification: Notification) -> None:
+        """Add one event to its VM's day."""
+        event = self._event(notification)
+        stream = event.originator_id.bytes
+        if isinstance(event, ProtectedVm.Registered):
+            view.put(_VM + stream, event.vm.encode())
+            return
+        if isinstance(event, ProtectedVm.PeriodOpened):
+            view.put(_VM + stream, event.mutate(None).vm.encode())
+            return
+        added = of(event)
+        if added == Usage():
+            return
+        vm = view.get(_VM + stream)
+        assert vm is not None, "a stream begins with its VM's name"
+        day = datetime.fromtimestamp(event_time_us(event) / 1_000_000, UTC).strftime("%Y-%m-%d")
+        key = _DAY + vm + b"/" + day.encode()
+        row = view.get(key)
+        before = Usage() if row is None else _decoder.decode(row)
+        view.put(key, msgspec.msgpack.encode(before.plus(added)))
+
+
+def days(view: View, vm: str) -> list[tuple[str, Usage]]:
+    """A VM's days, oldest first."""
+    prefix = _DAY + vm.encode() + b"/"
+    return [(key[len(prefix) :].decode(), _decoder.decode(row)) for key, row in view.items(prefix)]
+
+
+__all__ = ["NAME", "Usage", "UsageByDay", "days", "of"]
