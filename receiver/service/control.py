@@ -71,7 +71,11 @@ class ControlApi:
             at_us = _number(values["at"][0], "at")
             return {"vms": [vm_status(vm, at_us) for vm in await self._log.at(at_us)]}
         now_us = time.time_ns() // 1000
-        vms = [vm_status(store.vm, now_us, self._warnings(store)) for store in self._stores.all]
+        common = await self._log.warnings()
+        vms = [
+            vm_status(store.vm, now_us, [*self._warnings(store), *common])
+            for store in self._stores.all
+        ]
         for vm, reason in self._stores.unusable:
             vms.append(vm_status(vm, now_us, [f"what is kept of it cannot be used: {reason}"]))
         return {"vms": vms}

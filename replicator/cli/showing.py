@@ -160,13 +160,15 @@ async def _status(config: Config, at_us: int | None) -> list[dict[str, Any]]:
             return []
         if at_us is not None:
             return [vm_status(vm, at_us) for vm in await log.at(at_us)]
+        common = await log.warnings()
         return [
             vm_status(
                 vm,
                 now_us,
                 source_warnings(
                     vm.newest, await trouble.load(log, vm.vm), now_us, config.push_interval
-                ),
+                )
+                + common,
             )
             for vm in log.vms
         ]

@@ -23,7 +23,8 @@ from eventsourcing.persistence import PersistenceError
 
 from eventstore.checkpoint import CheckpointKey
 from eventstore.lane import Lane, open_lane
-from eventstore.projections import Projection, Projections
+from eventstore.projection_rows import DATABASE
+from eventstore.projections import Projection, Projections, list_projections
 from replicator.domain.vm import ProtectedVm
 from replicator.errors import RefusedError, ReplicatorError
 from replicator.log import past, peers, periods, sealing, states
@@ -43,6 +44,18 @@ PROJECTIONS: Sequence[Callable[[Callable[[Any], Any]], Projection]] = (states.Vm
 
 #: How soon a request by another process, to rebuild a projection, is seen. Seconds.
 POLL_S = 1.0
+
+
+def parked(store: LogStore) -> list[str]:
+    """The projections that stand still, and why. Blocks."""
+    if store.environment.find_database(DATABASE) is None:
+        return []
+    return [
+        f"the projection {state.name} is parked at event {state.event}: {state.error}"
+        f" (replctl projections resume {state.name})"
+        for state in list_projections(store.recorder)
+        if state.state == "parked"
+    ]
 
 
 def now_us() -> int:
@@ -68,6 +81,8 @@ class EventLog:
         self.periods: list[Period] = []
         self._last = 0  # number of the last event that this process saved
         self._sealing = trio.Lock()
+        #: Why closed periods stay in the live log, or None.
+        self.trouble: str | None = None
         self._projections: list[str] = []
         self._keeper: Projections | None = None
 
@@ -151,6 +166,11 @@ class EventLog:
         changed, self._changed = self._changed, trio.Event()
         changed.set()
 
+    async def warnings(self) -> list[str]:
+        """What an operator should look at in the log itself, one line each."""
+        found = await self._lane.read(parked, self.store)
+        return found + ([self.trouble] if self.trouble is not None else [])
+
     # What happened
 
     async def history(
@@ -220,7 +240,10 @@ class EventLog:
                 await self.seal()
             except (OSError, PersistenceError, ReplicatorError) as error:
                 # Nothing is lost: the events stay in the live log. The next change tries again.
-                _logger.error("the log's closed periods cannot be sealed: %s", error)
+                self.trouble = f"the log's closed periods cannot be sealed: {error}"
+                _logger.error("%s", self.trouble)
+            else:
+                self.trouble = None
             await changed.wait()
 
     def _is_over(self) -> bool:
