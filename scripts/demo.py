@@ -295,6 +295,19 @@ class Demo:
         self.report.add(
             "failover undo", time.monotonic() - started, "clone removed, nothing left over"
         )
+        for side, conf in (("receiver", self.receiver_conf), ("source", self.source_conf)):
+            await self.verify_log(side, conf)
+
+    async def verify_log(self, side: str, conf: Path) -> None:
+        """Every event of one side's log, against its tree and the head that the other side has signed."""
+        started = time.monotonic()
+        log = await self.replctl(conf, "log", "verify")
+        check(log["signed_heads"] == 1, f"no head of the {side}'s log was signed: {log}")
+        self.report.add(
+            f"log verify on the {side}",
+            time.monotonic() - started,
+            f"{log['events']} events, head signed by the other side",
+        )
 
     async def audit(self, test: dict[str, Any]) -> None:
         """The clone's data disk as an outsider sees it: fsck, then every file by its SHA-256."""
