@@ -28,7 +28,7 @@ class Projection(ABC):
     `begin` do changes; the projection is then rebuilt by itself at the next start. ``topics``: only
     notifications of these; empty means all.
 
-    Both methods are called in a worker thread inside a write transaction, so they are short, read
+    The methods are called in a worker thread inside a write transaction, so they are short, read
     and write nothing but the view, and may be called again for what was then not committed.
     """
 
@@ -45,6 +45,11 @@ class Projection(ABC):
     def apply(self, view: View, notification: Notification) -> None:
         """Bring the rows up to date with the next notification. An exception is the event's fault:
         it is tried again, and in the end parked.
+        """
+
+    def finish(self, view: View) -> None:  # noqa: B027 -- most projections write at once
+        """Called after the last notification of a transaction, with the view that they got: what was
+        gathered for it is written now. An exception is the last event's fault.
         """
 
 
@@ -119,6 +124,7 @@ class Advance(Replace):
             for notification in self._notifications:
                 nid, topic = notification.id, notification.topic
                 self._projection.apply(view, notification)
+            self._projection.finish(view)
         except lmdb.Error:
             raise
         except Exception as error:

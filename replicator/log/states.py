@@ -60,16 +60,33 @@ class VmStates(Projection):
 
     def __init__(self, event: Callable[[Notification], Any]) -> None:
         self._event = event
+        #: What the transaction of this view has touched: decoded once, written once.
+        self._view: View | None = None
+        self._touched: dict[bytes, ProtectedVm] = {}
 
     def apply(self, view: View, notification: Notification) -> None:
-        """Fold one event into its VM's row."""
+        """Fold one event into its VM."""
+        if view is not self._view:  # a transaction that was given up leaves nothing behind
+            self._view, self._touched = view, {}
         event = self._event(notification)
         key = event.originator_id.bytes
-        row = view.get(key)
-        vm: ProtectedVm = event.mutate(None if row is None else decode(row))
+        vm = self._touched.get(key)
+        if vm is None and (row := view.get(key)) is not None:
+            vm = decode(row)
+        vm = event.mutate(vm)
+        assert vm is not None
         if isinstance(event, ProtectedVm.PeriodOpened):
-            view.delete(stream_id(UUID(vm.vm), vm.period - 1).bytes)
-        view.put(key, encode(vm))
+            before = stream_id(UUID(vm.vm), vm.period - 1).bytes
+            self._touched.pop(before, None)
+            view.delete(before)
+        self._touched[key] = vm
+
+    def finish(self, view: View) -> None:
+        """Write the rows of the VMs that had events."""
+        if view is self._view:
+            for key, vm in self._touched.items():
+                view.put(key, encode(vm))
+        self._view, self._touched = None, {}
 
 
 def recall(store: LogStore) -> dict[UUID, ProtectedVm]:

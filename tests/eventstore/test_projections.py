@@ -276,6 +276,47 @@ async def test_an_event_that_works_at_a_later_try_parks_nothing(
     assert state_of(recorder).state == "live"
 
 
+class Gathering(Projection):
+    """Writes what it has gathered once for each transaction."""
+
+    name = "gathering"
+
+    def __init__(self) -> None:
+        self.gathered: list[int] = []
+        self.poison: set[int] = set()
+
+    def apply(self, view: View, notification: Notification) -> None:
+        del view
+        if notification.id in self.poison:
+            self.gathered.clear()
+            raise ValueError("poison")
+        self.gathered.append(notification.id)
+
+    def finish(self, view: View) -> None:
+        ids, self.gathered = self.gathered, []
+        before = view.get(b"ids") or b""
+        view.put(b"ids", before + bytes(ids))
+        view.put(b"writes", bytes([(view.get(b"writes") or b"\0")[0] + 1]))
+
+
+async def test_what_was_gathered_is_written_with_the_transaction_that_it_is_of(
+    recorder: LMDBApplicationRecorder, autojump_clock: MockClock
+) -> None:
+    del autojump_clock
+    insert(recorder, "a", "b", "c", "d")
+    projection = Gathering()
+    projection.poison = {3}
+    async with running(recorder, projection):
+        await until(recorder, is_parked, "gathering")
+    projection.poison = set()
+    await trio.to_thread.run_sync(resume, recorder.environment, "gathering")
+    async with running(recorder, projection) as keeping:
+        await keeping.wait("gathering", 4)
+    read = read_projection(recorder.environment, "gathering", lambda view: dict(view.items()))
+    assert read[b"ids"] == bytes([1, 2, 3, 4])
+    assert read[b"writes"] == bytes([2])  # before the poison, and after it
+
+
 async def test_a_generation_that_cannot_begin_is_parked_before_the_first_event(
     recorder: LMDBApplicationRecorder, autojump_clock: MockClock
 ) -> None:
