@@ -39,8 +39,9 @@ _logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+MakeProjection = Callable[[Callable[[Any], Any]], Projection]
 #: What is kept beside the log.
-PROJECTIONS: Sequence[Callable[[Callable[[Any], Any]], Projection]] = (states.VmStates, UsageByDay)
+PROJECTIONS: Sequence[MakeProjection] = (states.VmStates, UsageByDay)
 
 #: How soon a request by another process, to rebuild a projection, is seen. Seconds.
 POLL_S = 1.0
@@ -328,9 +329,16 @@ class EventLog:
 
 @asynccontextmanager
 async def open_log(
-    folder: Path, *, readonly: bool = False, clock: Callable[[], int] = now_us
+    folder: Path,
+    *,
+    readonly: bool = False,
+    clock: Callable[[], int] = now_us,
+    kept: Sequence[MakeProjection] | None = None,
 ) -> AsyncIterator[EventLog]:
-    """The log in ``folder`` (made if it is not there, unless ``readonly``), closed at the end."""
+    """The log in ``folder`` (made if it is not there, unless ``readonly``), closed at the end.
+
+    ``kept``: the projections beside it, PROJECTIONS unless given; a read-only log keeps none up to date.
+    """
     store = await trio.to_thread.run_sync(lambda: LogStore.open(folder, readonly=readonly))
     try:
         # The outer nursery only makes one error of the lane's group; the inner one ends before the lane does.
@@ -348,7 +356,7 @@ async def open_log(
             if readonly:
                 yield log
                 return
-            made = [make(store.event) for make in PROJECTIONS]
+            made = [make(store.event) for make in (PROJECTIONS if kept is None else kept)]
             await trio.to_thread.run_sync(log.keep, made)
             nursery.start_soon(log.projections.run, lane)
             nursery.start_soon(log.keep_periods)
