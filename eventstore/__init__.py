@@ -1,7 +1,13 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
 """LMDB persistence for the `eventsourcing` library. Knows nothing of disks.
 
-``PERSISTENCE_MODULE=eventstore`` and ``LMDB_PATH`` make an application use it. Everything blocks.
+``PERSISTENCE_MODULE=eventstore`` and ``LMDB_PATH`` make an application use it. What is exported here
+blocks. The other parts are imported by their module:
+
+lane, follow, projections   for trio: group commit, following the log, views beside it
+types, mapper, projector    events as small arrays of registered types, encrypted if wanted
+tree, merkle, checkpoint    the log's Merkle tree, proofs, signed heads
+segments                    closed parts of a log in files of their own
 """
 
 from eventstore.environment import LMDBEnvironment, Operation

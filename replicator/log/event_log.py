@@ -88,7 +88,7 @@ class EventLog:
         self._keeper: Projections | None = None
 
     def load(self) -> None:
-        """Find all VMs. Blocks; called once, before the log is used."""
+        """Find all VMs. Blocks; called before the log is used, and while no VM can change."""
         self.periods = periods.load(self.store.periods)
         self._vms = states.recall(self.store)
         self._last = self.store.head()
@@ -133,9 +133,20 @@ class EventLog:
             known = self._vms.get(vm)
             if known is None:
                 known = ProtectedVm.register(vm, name, role, self.periods[-1].number)
-                await self._save(known)
+                try:
+                    await self._save(known)
+                except BaseException:
+                    # As in ``change``: it may be in the log all the same.
+                    with trio.CancelScope(shield=True):
+                        await self._note_registered(vm, known.id)
+                    raise
                 self._vms[vm] = known
             return known
+
+    async def _note_registered(self, vm: UUID, stream: UUID) -> None:
+        found = await self._lane.read(self._stream, stream)
+        if found is not None:
+            self._vms[vm] = found
 
     @asynccontextmanager
     async def change(self, vm: UUID) -> AsyncIterator[ProtectedVm]:
@@ -237,7 +248,7 @@ class EventLog:
             changed = self._changed
             try:
                 if self._is_over():
-                    await self.close_period()
+                    await self.close_period(self.periods[-1].number)
                 await self.seal()
             except (OSError, PersistenceError, ReplicatorError) as error:
                 # Nothing is lost: the events stay in the live log. The next change tries again.
@@ -251,13 +262,17 @@ class EventLog:
         current = self.periods[-1]
         return current.is_over(self._last + 1 - current.first, len(self._vms), self._clock())
 
-    async def close_period(self) -> Period | None:
-        """Close the open period and begin the next; None if nothing has happened since it was opened."""
+    async def close_period(self, number: int | None = None) -> Period | None:
+        """Close the open period and begin the next; None if nothing has happened since it was opened, or (with ``number``)
+        if it is not that one any more.
+        """
         async with AsyncExitStack() as held:
             await held.enter_async_context(self._registering)
             for vm in sorted(self._vms):
                 await held.enter_async_context(self._lock(vm))
             current = self.periods[-1]
+            if number not in (None, current.number):
+                return None  # somebody else was faster
             if self._last + 1 - current.first <= len(self._vms):
                 return None
             openings = [vm.open_period(current.number + 1) for vm in self._vms.values()]
@@ -266,7 +281,12 @@ class EventLog:
             )
             change = periods.Close(self.store.periods, current, stored, self._clock())
             with trio.CancelScope(shield=True):  # what is in the log must be in memory
-                closed, opened = await self._lane.commit(change)
+                try:
+                    closed, opened = await self._lane.commit(change)
+                except BaseException:
+                    # The error does not say whether the books are closed: the log does.
+                    await self._lane.read(self.load)
+                    raise
             self._vms = {UUID(vm.vm): vm for vm in (event.mutate(None) for event in openings)}
             self.periods[-1:] = [closed, opened]
             self._last = opened.first + len(openings) - 1
@@ -314,10 +334,12 @@ class EventLog:
         return self._locks.setdefault(vm, trio.Lock())
 
     def _reload(self, stream: UUID) -> ProtectedVm:
-        events = map(self.store.event, self.store.recorder.select_events(stream))
-        vm = fold_stream(events)
+        vm = self._stream(stream)
         assert vm is not None
         return vm
+
+    def _stream(self, stream: UUID) -> ProtectedVm | None:
+        return fold_stream(map(self.store.event, self.store.recorder.select_events(stream)))
 
     async def _save(self, vm: ProtectedVm) -> None:
         events = vm.collect_events()

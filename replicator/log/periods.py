@@ -49,7 +49,8 @@ class Period(msgspec.Struct, frozen=True, array_like=True):
         """Whether an open period of so many events should be closed. One that holds openings only stays."""
         if events <= vms:
             return False
-        return events >= max(EVENTS_MAX, 2 * vms) or _month(now_us) != _month(self.opened_at_us)
+        # A clock that goes back ends no month.
+        return events >= max(EVENTS_MAX, 2 * vms) or _month(now_us) > _month(self.opened_at_us)
 
 
 def _month(time_us: int) -> str:
@@ -105,7 +106,7 @@ class Close:
         """Write the openings, and both rows."""
         first = self._openings.put(txn)[0]
         closed = msgspec.structs.replace(self._period, last=first - 1)
-        opened = Period(closed.number + 1, self._now_us, first)
+        opened = Period(closed.number + 1, max(self._now_us, closed.opened_at_us), first)
         rows = store(self._journal, closed, opened)
         rows.check(txn)
         rows.put(txn)
