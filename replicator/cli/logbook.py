@@ -8,7 +8,7 @@ on request; otherwise this command does it, alone in the state directory.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +78,11 @@ def prove(
     context: CliContext, event: int | None, vm: str | None, since: int | None, to: int | None
 ) -> None:
     """Print a proof that an event is in the log, or that the log only grew; `log check` verifies it anywhere."""
-    if (event is None) == (since is None) or (since is not None and vm) or (to and since is None):
+    if (
+        (event is None) == (since is None)
+        or (since is not None and vm is not None)
+        or (to is not None and since is None)
+    ):
         raise UsageError("give an EVENT (and perhaps --vm), or --since (and perhaps --to)")
 
     def make(store: LogStore) -> dict[str, Any]:
@@ -218,11 +222,16 @@ def _change(
     """Ask the receiver that runs here, or do it in this process."""
     config = context.config()
     folder = _folder(config)
-    if not config.is_source and config.control_path.exists():
-        return trio.run(ControlClient(config.control_path).post, target, body)
     check_directory(config.state_dir, "state_dir")
-    with open_state_dir(config.state_dir):
-        return trio.run(_act, folder, act)
+    with ExitStack() as held:
+        try:
+            held.enter_context(open_state_dir(config.state_dir))
+        except RefusedError:
+            if config.is_source or not config.control_path.exists():
+                raise
+        else:
+            return trio.run(_act, folder, act)
+    return trio.run(ControlClient(config.control_path).post, target, body)
 
 
 async def _act(

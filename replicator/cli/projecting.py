@@ -7,6 +7,7 @@ import dataclasses
 from typing import Any
 
 import click
+from eventsourcing.persistence import ProgrammingError
 
 from eventstore.projections import (
     ProjectionState,
@@ -19,7 +20,7 @@ from eventstore.projections import (
 from replicator.cli.context import CliContext
 from replicator.cli.logbook import open_store
 from replicator.cli.text import one_line
-from replicator.errors import RefusedError
+from replicator.errors import RefusedError, UsageError
 
 
 @click.group(no_args_is_help=False)
@@ -32,7 +33,8 @@ def projections() -> None:
 def show(context: CliContext) -> None:
     """Show every projection, how far behind the log it is, and what has stopped one."""
     with open_store(context.config(), readonly=True) as store:
-        found = [_shown(state) for state in list_projections(store.recorder)]
+        states = sorted(list_projections(store.recorder), key=lambda state: state.name)
+        found = [_shown(state) for state in states]
     if context.json:
         context.print_json(found)
         return
@@ -73,6 +75,8 @@ def _ask(context: CliContext, name: str, request: Any) -> None:
             request(store.environment, name)
         except (UnknownProjectionError, RebuildUnderWayError) as error:
             raise RefusedError(str(error)) from error
+        except ProgrammingError as error:  # no name of a projection
+            raise UsageError(str(error)) from error
 
 
 def _shown(state: ProjectionState) -> dict[str, Any]:

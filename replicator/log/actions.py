@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 from uuid import UUID
 
 from eventstore.segments import Segment, export_json_lines
@@ -23,8 +25,11 @@ _COPY_BYTES = 1 << 20
 
 async def seal(log: EventLog) -> dict[str, Any]:
     """Close the open period, if there is anything in it, and seal every closed one."""
+    before = {period.number for period in log.periods if period.segment is not None}
     await log.close_period()
-    sealed = await log.seal()
+    await log.seal()
+    # Also what the log's own task has sealed meanwhile.
+    sealed = [p for p in log.periods if p.segment is not None and p.number not in before]
     return {"sealed": [_shown(log.store, period) for period in sealed]}
 
 
@@ -72,22 +77,14 @@ def export(store: LogStore, name: str, target: Path, *, move: bool) -> dict[str,
     path = store.archive.path(period)
     if target.exists():
         raise RefusedError(f"{target} exists already")
-    partial = target.with_name(target.name + ".building")
-    try:
-        with store.archive.open(period) as segment:
-            segment.verify()
-            if segment.info.root != store.root_at(period.last):
-                raise DamageError(f"{path.name} is not what this log sealed")
-            if target.suffix == ".jsonl":
-                _write_lines(store, segment, partial)
-            else:
-                _copy(path, partial)
-        os.rename(partial, target)
-        durable.sync_dir(target.parent)
-    except OSError as error:
-        raise StateError(f"{target}: {error.strerror or error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
+    with store.archive.open(period) as segment, _new_file(target) as file:
+        segment.verify()
+        if segment.info.root != store.root_at(period.last):
+            raise DamageError(f"{path.name} is not what this log sealed")
+        if target.suffix == ".jsonl":
+            export_json_lines(segment, file, mapper=store.mapper)
+        else:
+            _copy(path, file)
     if move:
         with Segment.open(target) as copied:
             copied.verify()
@@ -95,19 +92,29 @@ def export(store: LogStore, name: str, target: Path, *, move: bool) -> dict[str,
     return _shown(store, period)
 
 
-def _write_lines(store: LogStore, segment: Segment, path: Path) -> None:
-    with path.open("xb") as file:
-        export_json_lines(segment, file, mapper=store.mapper)
-        file.flush()
-        os.fsync(file.fileno())
+@contextmanager
+def _new_file(target: Path) -> Iterator[BinaryIO]:
+    """A file that is named so, durably, when all is in it; after an error nothing is left of it. Raises StateError."""
+    partial = target.with_name(target.name + ".building")
+    try:
+        with partial.open("xb") as file:
+            try:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+                os.rename(partial, target)
+            except BaseException:
+                partial.unlink(missing_ok=True)
+                raise
+        durable.sync_dir(target.parent)
+    except OSError as error:
+        raise StateError(f"{error.filename or target}: {error.strerror or error}") from error
 
 
-def _copy(source: Path, target: Path) -> None:
-    with source.open("rb") as reader, target.open("xb") as writer:
+def _copy(source: Path, target: BinaryIO) -> None:
+    with source.open("rb") as reader:
         while piece := reader.read(_COPY_BYTES):
-            writer.write(piece)
-        writer.flush()
-        os.fsync(writer.fileno())
+            target.write(piece)
 
 
 def bring_back(store: LogStore, source: Path) -> dict[str, Any]:
@@ -128,14 +135,19 @@ def bring_back(store: LogStore, source: Path) -> dict[str, Any]:
         segment.verify()
         if info.root != store.root_at(period.last):
             raise DamageError(f"{source} is not what this log sealed as {path.name}")
-    partial = path.with_suffix(".building")
     try:
         durable.make_dir(path.parent)
-        partial.unlink(missing_ok=True)
-        _copy(source, partial)
-        durable.rename(partial, path)
+        # Of an import that was cut.
+        path.with_name(path.name + ".building").unlink(missing_ok=True)
     except OSError as error:
         raise StateError(f"{path}: {error.strerror or error}") from error
+    with _new_file(path) as file:
+        _copy(source, file)
+        file.flush()
+        with Segment.open(file.name) as copied:
+            copied.verify()
+            if copied.info.root != info.root:
+                raise DamageError(f"{source} has changed while it was read")
     return _shown(store, period)
 
 

@@ -56,7 +56,8 @@ def load_key(folder: Path) -> CheckpointKey:
     except OSError as error:
         raise StateError(f"{path}: {error.strerror}") from error
     except CheckpointError as error:
-        raise StateError(str(error)) from error
+        text = str(error)
+        raise StateError(text if str(path) in text else f"{path}: {text}") from error
 
 
 def signed_head(store: LogStore, key: CheckpointKey, since: int) -> SignedHead:

@@ -111,7 +111,10 @@ def _forward(store: LogStore, cut: Sequence[Period], vm: UUID) -> Iterator[Any]:
 
 def _backward(store: LogStore, cut: Sequence[Period], vm: UUID) -> Iterator[Any]:
     for period in reversed(cut):
-        yield from _stream(store, period, vm, desc=True)
+        for event in _stream(store, period, vm, desc=True):
+            yield event
+            if event.originator_version == 1:
+                return  # nothing of it is in older periods, whose segments may be away
 
 
 def _stream(
@@ -148,12 +151,16 @@ def _states_at(
     found = []
     last = bisect.bisect_right([period.opened_at_us for period in cut], time_us)
     for vm in vms:
-        # An opening is recorded a moment after its period's time: then the period before says how it was.
+        # An opening may be recorded a moment after its period's time: then the period before says how it was.
         for period in reversed(cut[:last]):
-            events = _until(_stream(store, period, vm), time_us)
-            if (state := fold_stream(events)) is not None:
+            first = next(iter(_stream(store, period, vm, limit=1)), None)
+            if first is not None and event_time_us(first) <= time_us:
+                state = fold_stream(_until(_stream(store, period, vm), time_us))
+                assert state is not None
                 found.append(state)
-                break
+            elif isinstance(first, ProtectedVm.PeriodOpened):
+                continue
+            break  # a VM has a stream in every period since it was registered, and none before
     return found
 
 

@@ -44,8 +44,10 @@ def load(journal: Journal, vm: str) -> Peer | None:
     if row is None:
         return None
     try:
-        return msgspec.msgpack.decode(row, type=Peer)
-    except msgspec.MsgspecError as error:
+        peer = msgspec.msgpack.decode(row, type=Peer)
+        _seen(peer)
+        return peer
+    except (msgspec.MsgspecError, CheckpointError) as error:
         raise DamageError(f"what is kept of the other side's log ({vm}): {error}") from error
 
 

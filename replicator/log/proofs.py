@@ -8,7 +8,7 @@ was written down elsewhere, cannot be taken back.
 from __future__ import annotations
 
 import base64
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -16,12 +16,20 @@ import msgspec
 from eventsourcing.persistence import InternalError, Notification
 
 from eventstore import merkle
-from eventstore.checkpoint import CheckpointError, CheckpointKey, VerifierKey, open_checkpoint
+from eventstore.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    CheckpointKey,
+    VerifierKey,
+    open_checkpoint,
+    sign,
+)
 from eventstore.merkle import Frontier
 from eventstore.records import canonical_record, originator_key
-from eventstore.segments import SegmentError
+from eventstore.segments import Segment, SegmentError
 from eventstore.tree import Leaves, TreeLog, TreeMismatchError
 from replicator.errors import DamageError, RefusedError, UsageError
+from replicator.log.archive import SegmentAwayError
 from replicator.log.heads import signed_head
 from replicator.log.peers import Peer
 from replicator.log.periods import Period
@@ -55,10 +63,12 @@ def verify(store: LogStore, report: Report = lambda _done, _total: None) -> Chec
     try:
         head = store.read_tree(lambda tree, txn, _: tree.head(txn))
         checked = Checked(head.size, head.root)
+        # Asked first: what goes from the live log meanwhile is looked at all the same, and what is gone is sealed below.
+        floor = store.recorder.live_first() - 1
         for period in store.archive.sealed():
             _check_segment(store, period, checked)
             report(period.last, head.size)
-        _check_live(store, report)
+        _check_live(store, floor, checked, report)
         _check_signed(store, checked)
     except (TreeMismatchError, SegmentError, InternalError) as error:
         raise DamageError(f"the log is damaged or was changed: {error}") from error
@@ -75,61 +85,81 @@ def _check_segment(store: LogStore, period: Period, checked: Checked) -> None:
         info = segment.info
         if (info.first, info.last) != (period.first, period.last):
             raise DamageError(f"{path.name} holds events {info.first} to {info.last}, not its own")
-    if store.root_at(period.last) != info.root:
-        raise DamageError(
-            f"{path.name} is not what this log sealed: one of events {period.first} to {period.last}"
-            " is another than it was"
-        )
+        if store.root_at(period.last) != info.root:
+            raise DamageError(
+                f"{path.name} is not what this log sealed: {_blamed(store, period, segment)}"
+            )
     checked.segments.append(path.name)
 
 
-def _check_live(store: LogStore, report: Report) -> None:
-    floor = store.recorder.live_first() - 1
+def _blamed(store: LogStore, period: Period, segment: Segment) -> str:
+    """Which events of a segment are not in the tree, as closely as the tree's nodes say."""
+
+    def compare(tree: TreeLog, txn: Transaction, leaves: Leaves) -> None:
+        count = period.last + 1 - period.first
+        hashes = enumerate(segment.leaf_hashes(period.first, count), period.first)
+        before = tree.frontier_at(txn, period.first - 1, leaves)
+        tree.verify(txn, hashes, before, period.last)
+
+    try:
+        store.read_tree(compare)
+    except TreeMismatchError as error:
+        return str(error)
+    return f"one of events {period.first} to {period.last} is another than it was"
+
+
+def _check_live(store: LogStore, floor: int, checked: Checked, report: Report) -> None:
     frontier = store.read_tree(lambda tree, txn, leaves: tree.frontier_at(txn, floor, leaves))
     going = True
     while going:
 
         def stride(
-            tree: TreeLog, txn: Transaction, _: Leaves, frontier: Frontier = frontier
+            tree: TreeLog, txn: Transaction, leaves: Leaves, frontier: Frontier = frontier
         ) -> tuple[Frontier, bool, int]:
             size = tree.head(txn).size
             stop = min(size, frontier.size + _STRIDE)
-            leaves = _leaves(store, txn, frontier.size, stop)
+            hashes = enumerate(leaves(frontier.size, stop - frontier.size), frontier.size + 1)
             at_end = stop == size
-            done = tree.verify(txn, leaves, frontier, None if at_end else stop)
+            done = tree.verify(txn, hashes, frontier, None if at_end else stop)
             return done.frontier, not at_end, size
 
         frontier, going, size = store.read_tree(stride)
         report(frontier.size, size)
-
-
-def _leaves(
-    store: LogStore, txn: Transaction, after: int, stop: int
-) -> Iterator[tuple[int, bytes]]:
-    hashes = store.recorder.leaf_hashes(txn, after + 1, stop - after)
-    return zip(range(after + 1, stop + 1), hashes, strict=True)
+    checked.events, checked.root = frontier.size, frontier.root()
 
 
 def _check_signed(store: LogStore, checked: Checked) -> None:
-    for vm, row in store.peers.items():
-        peer = msgspec.msgpack.decode(row, type=Peer)
-        if peer.ours is None:
+    rows = store.peers.items()
+    size = store.head()  # as of now: another may have been signed while records were read
+    for vm, row in rows:
+        signer, seen = _signed(vm, row)
+        if seen is None:
             continue
-        signer = VerifierKey.parse(peer.key)
-        try:
-            seen = open_checkpoint(peer.ours, [signer])
-        except CheckpointError as error:
-            raise DamageError(f"the head that {signer.name} signed (VM {vm}): {error}") from error
-        if seen.size > checked.events:
+        if seen.size > size:
             raise DamageError(
-                f"the log ends at event {checked.events}, but {signer.name} has signed one of {seen.size}:"
+                f"the log ends at event {size}, but {signer} has signed one of {seen.size}:"
                 " events are missing at its end"
             )
-        if store.root_at(seen.size) != seen.root:
+        try:
+            root = store.root_at(seen.size)
+        except SegmentAwayError:
+            continue  # it was signed in the middle of a segment that is named as away
+        if root != seen.root:
             raise DamageError(
-                f"one of events 1 to {seen.size} is not what it was when {signer.name} signed the log's head"
+                f"one of events 1 to {seen.size} is not what it was when {signer} signed the log's head"
             )
         checked.signed_heads += 1
+
+
+def _signed(vm: str, row: bytes) -> tuple[str, Checkpoint | None]:
+    """Who the other side is, and the head of this log that it has signed. Raises DamageError."""
+    try:
+        peer = msgspec.msgpack.decode(row, type=Peer)
+        signer = VerifierKey.parse(peer.key)
+        seen = None if peer.ours is None else open_checkpoint(peer.ours, [signer])
+    except (msgspec.MsgspecError, CheckpointError) as error:
+        raise DamageError(f"the head that the other side signed (VM {vm}): {error}") from error
+    return signer.name, seen
 
 
 def prove_event(store: LogStore, key: CheckpointKey, number: int) -> dict[str, Any]:
@@ -156,11 +186,10 @@ def prove_event(store: LogStore, key: CheckpointKey, number: int) -> dict[str, A
 
 def prove_growth(store: LogStore, key: CheckpointKey, old: int, new: int | None) -> dict[str, Any]:
     """That the log of ``new`` events (None: all) continues that of ``old``. Raises RefusedError for sizes it never had."""
-    head = signed_head(store, key, 0)
-    new = head.size if new is None else new
-    if not 0 <= old <= new <= head.size:
-        raise RefusedError(f"the log has {head.size} events: sizes must be in order and within it")
-    size = new
+    events = store.head()
+    size = events if new is None else new
+    if not 0 <= old <= size <= events:
+        raise RefusedError(f"the log has {events} events: sizes must be in order and within it")
 
     def read(tree: TreeLog, txn: Transaction, leaves: Leaves) -> tuple[bytes, bytes, list[bytes]]:
         return (
@@ -170,13 +199,14 @@ def prove_growth(store: LogStore, key: CheckpointKey, old: int, new: int | None)
         )
 
     old_root, new_root, proof = store.read_tree(read)
+    name = key.verifier.name
     return {
         "old_size": old,
         "old_root": old_root.hex(),
         "new_size": size,
         "new_root": new_root.hex(),
         "proof": [step.hex() for step in proof],
-        "head": head.text,
+        "head": sign(Checkpoint(name, size, new_root), key),
         "key": str(key.verifier),
     }
 
@@ -204,13 +234,19 @@ class _GrowthProof(msgspec.Struct, frozen=True):
 def check_proof(text: bytes, key: str | None) -> str:
     """What a proof shows, in one line. ``key``: the log's, if it is known from elsewhere; else the proof's own is believed.
 
-    Needs no log. Raises UsageError for text that is no proof, DamageError for one that does not prove.
+    Needs no log. Raises UsageError for text that is no proof or a key that is none, DamageError for a proof that does not
+    prove.
     """
+    if key is not None:
+        try:
+            VerifierKey.parse(key)
+        except CheckpointError as error:
+            raise UsageError(f"the log's key cannot be read: {error}") from error
     try:
         given = msgspec.json.decode(text, type=_EventProof)
-    except (msgspec.MsgspecError, UnicodeDecodeError):
+    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError):
         return _check_growth(text, key)
-    head = _head(given.head, key or given.key)
+    head = _head(given.head, given.key if key is None else key)
     try:
         record = base64.b64decode(given.record, validate=True)
         steps = [bytes.fromhex(step) for step in given.proof]
@@ -225,9 +261,9 @@ def check_proof(text: bytes, key: str | None) -> str:
 def _check_growth(text: bytes, key: str | None) -> str:
     try:
         given = msgspec.json.decode(text, type=_GrowthProof)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
         raise UsageError(f"this is no proof: {error}") from error
-    head = _head(given.head, key or given.key)
+    head = _head(given.head, given.key if key is None else key)
     try:
         steps = [bytes.fromhex(step) for step in given.proof]
         old_root, new_root = bytes.fromhex(given.old_root), bytes.fromhex(given.new_root)
