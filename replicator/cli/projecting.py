@@ -21,6 +21,8 @@ from replicator.cli.context import CliContext
 from replicator.cli.logbook import open_store
 from replicator.cli.text import one_line
 from replicator.errors import RefusedError, UsageError
+from replicator.log.archive import SegmentAwayError
+from replicator.log.store import LogStore
 
 
 @click.group(no_args_is_help=False)
@@ -48,6 +50,8 @@ def show(context: CliContext) -> None:
 @click.pass_obj
 def rebuild(context: CliContext, name: str) -> None:
     """Make a projection anew from the whole log, beside the one that is shown until then."""
+    with open_store(context.config(), readonly=True) as store:
+        _check_whole(store)
     _ask(context, name, request_rebuild)
     if context.json:
         context.print_json({"name": name, "requested": True})
@@ -77,6 +81,15 @@ def _ask(context: CliContext, name: str, request: Any) -> None:
             raise RefusedError(str(error)) from error
         except ProgrammingError as error:  # no name of a projection
             raise UsageError(str(error)) from error
+
+
+def _check_whole(store: LogStore) -> None:
+    """Raises RefusedError while a segment is away: what it says would be gone from the new rows."""
+    for period in store.archive.sealed():
+        try:
+            store.archive.open(period).close()
+        except SegmentAwayError as error:
+            raise RefusedError(str(error)) from error
 
 
 def _shown(state: ProjectionState) -> dict[str, Any]:

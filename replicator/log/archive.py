@@ -6,7 +6,8 @@ Segments stand in ``events/segments``. One that an operator has moved off is nam
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 from uuid import UUID
@@ -14,6 +15,7 @@ from uuid import UUID
 from eventsourcing.persistence import Notification, OperationalError, StoredEvent
 
 from eventstore.environment import LMDBEnvironment
+from eventstore.eventlog import SCAN_MAX
 from eventstore.journal import Journal
 from eventstore.merkle import HASH_BYTES
 from eventstore.recorders import LMDBApplicationRecorder
@@ -69,7 +71,7 @@ class Archive:
         with self.open(period) as segment:
             return segment.stream(originator_key(stream))
 
-    def notifications(self, first: int, last: int) -> Iterator[Notification]:
+    def notifications(self, first: int, last: int) -> Generator[Notification, None, None]:
         """Sealed events, in order."""
         for period, begin, end in self.holding(first, last):
             with self.open(period) as segment:
@@ -120,30 +122,35 @@ class WholeRecorder(LMDBApplicationRecorder):
                 first = period.first
         return first
 
-    def select_notifications(
-        self,
-        start: int | None,
-        limit: int,
-        stop: int | None = None,
-        topics: Sequence[str] = (),
-        *,
-        inclusive_of_start: bool = True,
-    ) -> Sequence[Notification]:
-        """As the live log's, from the very first event on. Raises SegmentAwayError too."""
-        low = max(1, (start or 1) + (start is not None and not inclusive_of_start))
+    def _page(
+        self, low: int, stop: int | None, limit: int, topics: Sequence[str]
+    ) -> tuple[list[Notification], int]:
+        """As the live log's, from the very first event on: whatever reads notifications reads pages. Raises SegmentAwayError
+        too.
+        """
+        while True:
+            first = self.live_first()
+            if low < first and limit > 0:
+                return self._sealed_page(
+                    low, first - 1 if stop is None else min(first - 1, stop), limit, topics
+                )
+            found = super()._page(low, stop, limit, topics)
+            if low >= self.live_first() or limit < 1:  # else rows have gone under this look
+                return found
+
+    def _sealed_page(
+        self, low: int, last: int, limit: int, topics: Sequence[str]
+    ) -> tuple[list[Notification], int]:
         found: list[Notification] = []
-        floor = self.live_first() - 1
-        if low <= floor:
-            end = floor if stop is None else min(floor, stop)
-            for note in self._archive.notifications(low, end):
-                if len(found) >= limit:
-                    return found
+        seen = low - 1
+        with closing(self._archive.notifications(low, last)) as notes:
+            for note in notes:
+                seen = note.id
                 if not topics or note.topic in topics:
                     found.append(note)
-            low = floor + 1
-        if len(found) < limit:
-            found += super().select_notifications(low, limit - len(found), stop, topics)
-        return found
+                if len(found) == limit or seen - low >= SCAN_MAX:
+                    break
+        return found, seen
 
     def leaves(self, txn: Transaction) -> Callable[[int, int], Sequence[bytes]]:
         """For the tree: the leaves of any events, by index from 0, as of this transaction."""

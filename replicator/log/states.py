@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
 """The projection of every VM's state, so that a start folds only what came after it. It can be thrown away.
 
-A row is one VM's balance, with the number and time of the event that it goes up to.
+A VM's row is its balance, with the number and time of the event that it goes up to. One of a VM with thousands of points
+takes more room than a projection's row may have, so it is kept in pieces: under the id of the VM's stream and a number.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any
 from uuid import UUID
@@ -25,6 +27,8 @@ from replicator.log.store import Fold, LogStore
 _logger = logging.getLogger(__name__)
 
 NAME = "vms"
+#: Bytes of a row that are kept together.
+PIECE = 1 << 20
 #: How often the beginning of the log may move away under the reader.
 _TRIES = 5
 
@@ -52,10 +56,10 @@ def decode(row: bytes) -> ProtectedVm:
 
 
 class VmStates(Projection):
-    """Keeps ``vms``: one row for each VM, under the id of its stream. ``event`` decodes a row of the log."""
+    """Keeps ``vms``: a row for each VM. ``event`` decodes a row of the log."""
 
     name = NAME
-    revision = 1
+    revision = 2
     topics: Sequence[str] = ()
 
     def __init__(self, event: Callable[[Notification], Any]) -> None:
@@ -71,22 +75,51 @@ class VmStates(Projection):
         event = self._event(notification)
         key = event.originator_id.bytes
         vm = self._touched.get(key)
-        if vm is None and (row := view.get(key)) is not None:
+        if vm is None and (row := _get(view, key)):
             vm = decode(row)
         vm = event.mutate(vm)
         assert vm is not None
         if isinstance(event, ProtectedVm.PeriodOpened):
             before = stream_id(UUID(vm.vm), vm.period - 1).bytes
             self._touched.pop(before, None)
-            view.delete(before)
+            _put(view, before, b"")
         self._touched[key] = vm
 
     def finish(self, view: View) -> None:
         """Write the rows of the VMs that had events."""
         if view is self._view:
             for key, vm in self._touched.items():
-                view.put(key, encode(vm))
+                _put(view, key, encode(vm))
         self._view, self._touched = None, {}
+
+
+def _pieces(key: bytes) -> Iterator[bytes]:
+    """The keys of a row's pieces, in order."""
+    for number in itertools.count():
+        yield key + number.to_bytes(2)
+
+
+def _get(view: View, key: bytes) -> bytes:
+    """A row; nothing if there is none."""
+    pieces = (view.get(piece) for piece in _pieces(key))
+    return b"".join(itertools.takewhile(bool, pieces))  # type: ignore[arg-type]
+
+
+def _put(view: View, key: bytes, row: bytes) -> None:
+    """Keep a row, and no piece of a longer one that was there; nothing removes it."""
+    for number, piece in enumerate(_pieces(key)):
+        part = row[number * PIECE : (number + 1) * PIECE]
+        if part:
+            view.put(piece, part)
+        elif not view.delete(piece):
+            return
+
+
+def _all(view: View) -> list[ProtectedVm]:
+    rows: dict[bytes, bytes] = {}
+    for piece, part in view.items():
+        rows[piece[:16]] = rows.get(piece[:16], b"") + part
+    return [decode(row) for row in rows.values()]
 
 
 def recall(store: LogStore) -> dict[UUID, ProtectedVm]:
@@ -107,14 +140,14 @@ def recall(store: LogStore) -> dict[UUID, ProtectedVm]:
 def _rows(store: LogStore) -> tuple[int, list[ProtectedVm]]:
     """The VMs of the rows, and the event that these go up to."""
     try:
-        before = _position(store)
-        if before is None:
-            return store.recorder.live_first() - 1, []
-        vms = read_projection(
-            store.environment, NAME, lambda view: [decode(row) for _, row in view.items()]
-        )
-        if _position(store) == before:
-            return before, vms
+        for _ in range(_TRIES):
+            before = _position(store)
+            # Rows that are not made yet, or made anew after they were lost, may be behind the live log's beginning.
+            if before is None or before + 1 < store.recorder.live_first():
+                break
+            vms = read_projection(store.environment, NAME, _all)
+            if _position(store) == before:
+                return before, vms
     except (PersistenceError, msgspec.MsgspecError) as error:
         # They can be thrown away: the log has everything.
         _logger.warning("the projection %s cannot be used, the log is read: %s", NAME, error)
@@ -131,4 +164,4 @@ def _position(store: LogStore) -> int | None:
     return None
 
 
-__all__ = ["NAME", "VmStates", "recall"]
+__all__ = ["NAME", "PIECE", "VmStates", "recall"]

@@ -25,9 +25,10 @@ async def compare_heads(connection: Connection, log: EventLog, vm: UUID, name: s
     """The source's side. What goes wrong with it is logged: the push before it is committed all the same."""
     try:
         await _compare(connection, log, vm, name)
-    except PeerRefusedError as error:
-        _logger.error("%s: the receiver does not believe this side's log: %s", name, error)
     except (ReplicatorError, PersistenceError) as error:
+        if isinstance(error, PeerRefusedError) and error.code == "log-broken":
+            _logger.error("%s: the receiver does not believe this side's log: %s", name, error)
+            return
         _logger.warning("%s: the heads of the logs were not compared: %s", name, error)
 
 

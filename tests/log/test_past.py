@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from contextvars import ContextVar
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import trio
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from eventstore.recorders import LMDBApplicationRecorder
 from eventstore.segments import SegmentError
 from replicator.domain.vm import event_time_us
 from replicator.errors import DamageError, RefusedError, StateError
@@ -29,6 +31,7 @@ from tests.log.support import (
     WEB,
     Calendar,
     balances,
+    caught_up,
     check_log,
     copy_log,
     events_by_vm,
@@ -256,6 +259,62 @@ def test_only_the_segment_that_was_sealed_comes_back(
         assert sorted(path.name for path in (copied / "segments").iterdir()) == [SECOND]
         actions.bring_back(store, tmp_path / FIRST)
         assert check_log(store) == whole
+
+
+# Rows that go while they are read
+
+
+@pytest.mark.usefixtures("by_hand")
+@pytest.mark.parametrize("topics", [(), ("replctl:vm.tracking-lost",)])
+@pytest.mark.parametrize("at", [1, 2, 3])
+async def test_the_log_has_no_gap_while_rows_go_into_segments(
+    tmp_path: Path, calendar: Calendar, monkeypatch: pytest.MonkeyPatch, at: int, topics: Any
+) -> None:
+    """Whoever reads pages of it: a fold, and a projection that is made anew."""
+    async with open_log(tmp_path, clock=calendar) as log:
+        await log.register(WEB, "web", "receiver")
+        for _ in range(3):
+            for number in range(4):
+                async with log.change(WEB) as vm:
+                    vm.lose_tracking(str(number))
+            await log.close_period()
+        await caught_up(log)
+        recorder = log.store.recorder
+        whole = recorder.select_notifications(1, 1000, None, topics)
+        assert len(whole) == (12 if topics else 16)
+        reading: ContextVar[bool] = ContextVar("reading", default=False)
+        looks = 0
+        real = LMDBApplicationRecorder._page
+
+        def page(*args: Any) -> Any:
+            nonlocal looks
+            if reading.get():
+                looks += 1
+                if looks == at:
+                    reading.set(False)
+                    trio.from_thread.run(log.seal)
+                    reading.set(True)
+            return real(*args)
+
+        monkeypatch.setattr(LMDBApplicationRecorder, "_page", page)
+
+        def read() -> list[Any]:
+            reading.set(True)
+            found: list[Any] = []
+            seen = 0
+            while seen < whole[-1].id:
+                more, seen = recorder.select_page(seen, 3, topics)
+                found += more
+            return found
+
+        assert await trio.to_thread.run_sync(read) == whole
+        assert recorder.live_first() > 1
+        assert recorder.select_notifications(None, 1000, None, topics) == whole
+        assert (
+            recorder.select_notifications(2, 3, 9, topics, inclusive_of_start=False)
+            == [note for note in whole if 2 < note.id <= 9][:3]
+        )
+        assert recorder.select_notifications(1, 0) == []
 
 
 # The reader's limits
