@@ -198,8 +198,7 @@ class EventLog:
 
     async def at(self, time_us: int) -> list[ProtectedVm]:
         """The VMs as they were then, by name. Raises SegmentAwayError."""
-        known = [UUID(vm.vm) for vm in self.vms]
-        found = await self._lane.read(past.states_at, self.store, known, time_us)
+        found = await self._lane.read(past.states_at, self.store, time_us)
         return sorted(found, key=lambda vm: (vm.name, vm.vm))
 
     # The journal

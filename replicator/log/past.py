@@ -7,7 +7,7 @@ A VM's events stand in one stream for each period. Streams of periods that were 
 from __future__ import annotations
 
 import bisect
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 from uuid import UUID
@@ -17,7 +17,7 @@ from replicator.domain.vm import ProtectedVm, event_time_us
 from replicator.errors import StateError
 from replicator.log import periods
 from replicator.log.periods import Period
-from replicator.log.store import LogStore, fold_stream
+from replicator.log.store import Fold, LogStore
 
 T = TypeVar("T")
 #: Events read in one transaction.
@@ -140,35 +140,39 @@ def _stream(
             gt = rows[-1].originator_version
 
 
-def states_at(store: LogStore, vms: Sequence[UUID], time_us: int) -> list[ProtectedVm]:
+def states_at(store: LogStore, time_us: int) -> list[ProtectedVm]:
     """The VMs that were known at that time, as they were. Raises SegmentAwayError."""
-    return _still(store, lambda known: _states_at(store, known, vms, time_us))
+    return _still(store, lambda known: _states_at(store, known, time_us))
 
 
-def _states_at(
-    store: LogStore, cut: Sequence[Period], vms: Sequence[UUID], time_us: int
-) -> list[ProtectedVm]:
-    found = []
+def _states_at(store: LogStore, cut: Sequence[Period], time_us: int) -> list[ProtectedVm]:
     last = bisect.bisect_right([period.opened_at_us for period in cut], time_us)
-    for vm in vms:
-        # An opening may be recorded a moment after its period's time: then the period before says how it was.
-        for period in reversed(cut[:last]):
-            first = next(iter(_stream(store, period, vm, limit=1)), None)
-            if first is not None and event_time_us(first) <= time_us:
-                state = fold_stream(_until(_stream(store, period, vm), time_us))
-                assert state is not None
-                found.append(state)
-            elif isinstance(first, ProtectedVm.PeriodOpened):
-                continue
-            break  # a VM has a stream in every period since it was registered, and none before
-    return found
+    for period in reversed(cut[:last]):
+        found = _fold_until(store, period, time_us)
+        if found is not None:
+            return found
+    return []
 
 
-def _until(events: Iterable[Any], time_us: int) -> Iterator[Any]:
-    for event in events:
-        if event_time_us(event) > time_us:
-            return
-        yield event
+def _fold_until(store: LogStore, period: Period, time_us: int) -> list[ProtectedVm] | None:
+    """The VMs at a time, from the events of its period, read once; None if the time lies before the period's openings,
+    which may be recorded a moment after its own time.
+    """
+    fold = Fold()
+    ended: set[Any] = (
+        set()
+    )  # streams whose next event is later; the clock may have gone back after it
+    for note in store.notifications(period.first, period.last or None):
+        if note.originator_id in ended:
+            continue
+        event = store.event(note)
+        if event_time_us(event) <= time_us:
+            fold.add(event)
+        elif isinstance(event, ProtectedVm.PeriodOpened):
+            return None
+        else:
+            ended.add(note.originator_id)
+    return list(fold.vms.values())
 
 
 __all__ = ["Wanted", "page", "states_at"]

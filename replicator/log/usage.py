@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from typing import Any
+from uuid import UUID
 
 import msgspec
 from eventsourcing.persistence import Notification
 
 from eventstore.projections import Projection, View
-from replicator.domain.model import Point, PushKind
+from replicator.domain.model import Point, PushKind, stream_id
 from replicator.domain.vm import ProtectedVm, event_time_us
 
 NAME = "usage"
@@ -61,7 +62,7 @@ class UsageByDay(Projection):
     """Keeps ``usage``. Rows: which VM a stream belongs to, and a VM's sums of one day (UTC)."""
 
     name = NAME
-    revision = 1
+    revision = 2
     topics: Sequence[str] = ()
 
     def __init__(self, event: Callable[[Notification], Any]) -> None:
@@ -75,15 +76,17 @@ class UsageByDay(Projection):
             view.put(_VM + stream, event.vm.encode())
             return
         if isinstance(event, ProtectedVm.PeriodOpened):
-            view.put(_VM + stream, event.mutate(None).vm.encode())
+            vm = event.mutate(None)
+            view.put(_VM + stream, vm.vm.encode())
+            view.delete(_VM + stream_id(UUID(vm.vm), vm.period - 1).bytes)
             return
         added = of(event)
         if added == Usage():
             return
-        vm = view.get(_VM + stream)
-        assert vm is not None, "a stream begins with its VM's name"
+        name = view.get(_VM + stream)
+        assert name is not None, "a stream begins with its VM's name"
         day = datetime.fromtimestamp(event_time_us(event) / 1_000_000, UTC).strftime("%Y-%m-%d")
-        key = _DAY + vm + b"/" + day.encode()
+        key = _DAY + name + b"/" + day.encode()
         row = view.get(key)
         before = Usage() if row is None else _decoder.decode(row)
         view.put(key, msgspec.msgpack.encode(before.plus(added)))

@@ -146,7 +146,7 @@ def test_states_at_every_moment(made: Path, whole: list[Any]) -> None:
         borders = [period.opened_at_us for period in periods.load(store.periods)]
         times = [event_time_us(event) for event in whole] + borders
         for time_us in sorted({t + d for t in times for d in (-1, 0, 1)} | {0, 1 << 60}):
-            found = past.states_at(store, VMS, time_us)
+            found = past.states_at(store, time_us)
             assert balances(found) == states_by_hand(whole, time_us), time_us
 
 
@@ -177,7 +177,7 @@ def test_what_is_needed_and_away_is_named(copied: Path, tmp_path: Path, whole: l
             lambda: past.page(store, WEB, Wanted(1000)),
             lambda: past.page(store, WEB, Wanted(1, after=0)),
             lambda: past.page(store, WEB, Wanted(1, since_us=0)),
-            lambda: past.states_at(store, VMS, borders[1] - 5_000_000),
+            lambda: past.states_at(store, borders[1] - 5_000_000),
             lambda: list(store.notifications(1)),
         ):
             call: Callable[[], Any] = read
@@ -193,7 +193,7 @@ def test_what_is_needed_and_away_is_named(copied: Path, tmp_path: Path, whole: l
         assert past.page(store, WEB, Wanted(len(web) - 8)) == (web[8:], True)
         assert past.page(store, WEB, Wanted(1000, since_us=borders[1])) == (web[8:], False)
         after_us = event_time_us(own[str(DB)][0])
-        assert balances(past.states_at(store, VMS, after_us)) == states_by_hand(whole, after_us)
+        assert balances(past.states_at(store, after_us)) == states_by_hand(whole, after_us)
         actions.bring_back(store, tmp_path / FIRST)
         assert check_log(store) == whole
 
@@ -207,7 +207,7 @@ def test_a_vm_that_came_later_needs_no_older_segment(
         move_away(store, tmp_path, FIRST, SECOND)
         registered_us = event_time_us(own[str(MAIL)][0])
         for time_us in (registered_us - 1, registered_us):
-            found = past.states_at(store, VMS, time_us)
+            found = past.states_at(store, time_us)
             assert balances(found) == states_by_hand(whole, time_us)
         assert past.page(store, MAIL, Wanted(1000)) == (own[str(MAIL)], False)
 

@@ -175,6 +175,26 @@ def test_a_record_is_damaged(copied: Path) -> None:
     assert named(fault(copied)) == (901, 901)
 
 
+@pytest.mark.parametrize("index", ["by stream", "by topic"])
+def test_a_record_is_hidden(copied: Path, index: str) -> None:
+    """It is in the log and in the tree, and no history finds it."""
+    with opened(copied, readonly=False) as store:
+        places = store.environment.database(LOG + "index", dupsort=True)
+        rows = store.environment.database(LOG + "log")
+        by_topic = store.recorder._log().by_topic
+        assert by_topic is not None
+
+        def hide(txn: Transaction) -> None:
+            old = records.decode_record(901, txn.get(records.pack_u64(901), db=rows) or b"")
+            if index == "by topic":
+                by_topic.remove(txn, old.topic, [901])
+            else:
+                assert txn.delete(old.key, records.pack_entry(old.version, 901), db=places)
+
+        store.environment.write(hide)
+    assert named(fault(copied)) == (901, 901)
+
+
 def test_a_topic_is_renamed(copied: Path) -> None:
     """One kind of event becomes another for all of its records at once."""
     with forging(copied) as environment:
@@ -235,6 +255,8 @@ def rewrite(folder: Path, size: int, change: Callable[[int, bytes], bytes]) -> N
         log, tree = environment.database(LOG + "log"), environment.database(LOG + "tree")
         places = environment.database(LOG + "index", dupsort=True)
         topics = environment.database(LOG + "topics")
+        by_topic = store.recorder._log().by_topic
+        assert by_topic is not None
 
         def write(txn: Transaction) -> None:
             frontier = Frontier(
@@ -245,6 +267,7 @@ def rewrite(folder: Path, size: int, change: Callable[[int, bytes], bytes]) -> N
                 old = records.decode_record(nid, txn.get(records.pack_u64(nid), db=log) or b"")
                 txn.delete(records.pack_u64(nid), db=log)
                 txn.delete(old.key, records.pack_entry(old.version, nid), db=places)
+                by_topic.remove(txn, old.topic, [nid])
             with txn.cursor(tree) as cursor:
                 for key, _ in list(cursor):
                     if key != _HEAD_KEY and (int.from_bytes(key[1:]) + 1) * 256 > size:
