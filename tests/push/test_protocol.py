@@ -690,15 +690,20 @@ async def test_a_source_that_stops_in_mid_push_frees_the_vm(
 ) -> None:
     """The idle deadline is the transport's; the session ends with it, and another push may come."""
     accept = stream.accept_stream
+    accepted: list[Any] = []
 
-    async def impatient(*args: Any, **options: Any) -> Any:
-        return await accept(*args, **options, idle_timeout_s=0.05)
+    async def noted(*args: Any, **options: Any) -> Any:
+        accepted.append(await accept(*args, **options))
+        return accepted[-1]
 
     async with seeded(tmp_path / "rx") as rx:
         push = cycle(rx)
-        monkeypatch.setattr(sessions, "accept_stream", impatient)
+        monkeypatch.setattr(sessions, "accept_stream", noted)
         async with raw_source(rx.port) as silent:
             assert isinstance(await silent.ask(push.opened), m.Ready)
+            # Only now: a slow machine may take its time until here.
+            accepted[0]._idle_timeout_s = 0.05
+            await silent.say(m.Ping())
             assert await silent.ended()
         monkeypatch.undo()
         async with raw_source(rx.port) as source:
