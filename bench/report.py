@@ -15,22 +15,33 @@ from typing import Any
 @dataclass(slots=True)
 class Result:
     """``figures``: name to value, the unit at the end of the name. ``ratios``: name to (value, limit or None);
-    a ratio above its limit is a failure.
+    a ratio above its limit is a failure. ``floors``: name to (value, least); one below it is a failure.
+    ``columns``: what several values of a figure are of, in their order.
     """
 
     name: str
     what: str
     figures: dict[str, float | list[float]] = field(default_factory=dict)
     ratios: dict[str, tuple[float, float | None]] = field(default_factory=dict)
+    floors: dict[str, tuple[float, float]] = field(default_factory=dict)
+    columns: Sequence[str] = ()
 
     @property
     def good(self) -> bool:
         """Whether every ratio keeps its limit."""
-        return all(limit is None or value <= limit for value, limit in self.ratios.values())
+        return all(
+            limit is None or value <= limit for value, limit in self.ratios.values()
+        ) and all(value >= least for value, least in self.floors.values())
 
     def as_json(self) -> dict[str, Any]:
         """For machines."""
         ratios = {name: {"ratio": v, "limit": limit} for name, (v, limit) in self.ratios.items()}
+        more: dict[str, Any] = {"columns": list(self.columns)} if self.columns else {}
+        if self.floors:
+            more["floors"] = {
+                name: {"ratio": value, "least": least}
+                for name, (value, least) in self.floors.items()
+            }
         return {
             "benchmark": self.name,
             "what": self.what,
@@ -38,17 +49,24 @@ class Result:
             "figures": self.figures,
             "ratios": ratios,
             "good": self.good,
+            **more,
         }
 
     def as_text(self) -> str:
         """For people."""
         lines = [f"{self.name}: {self.what}"]
+        if self.columns:
+            lines.append(f"  {'':44} " + " ".join(f"{each:>10}" for each in self.columns))
         for name, value in self.figures.items():
             values = value if isinstance(value, list) else [value]
             lines.append(f"  {name:44} " + " ".join(f"{each:10.3f}" for each in values))
         for name, (ratio, limit) in self.ratios.items():
             bound = "" if limit is None else f"  (at most {limit}: {_verdict(ratio <= limit)})"
             lines.append(f"  {name:44} {ratio:10.2f}{bound}")
+        for name, (ratio, least) in self.floors.items():
+            lines.append(
+                f"  {name:44} {ratio:10.2f}  (at least {least}: {_verdict(ratio >= least)})"
+            )
         return "\n".join(lines)
 
 
