@@ -22,7 +22,7 @@ from eventstore.recorders import LMDBApplicationRecorder
 from eventstore.records import originator_key
 from eventstore.segments import Segment
 from replicator.log import periods
-from replicator.log.periods import Period
+from replicator.log.periods import Ends, Period
 
 if TYPE_CHECKING:
     from eventstore.environment import Transaction
@@ -56,6 +56,13 @@ class Archive:
             )
         return Segment.open(path)
 
+    def changed(self) -> int:
+        """Another number whenever a segment came or went."""
+        try:
+            return self.folder.stat().st_mtime_ns
+        except FileNotFoundError:
+            return 0
+
     def sealed(self) -> list[Period]:
         """The periods that are sealed, in order."""
         return [period for period in periods.load(self._rows) if period.segment is not None]
@@ -81,7 +88,7 @@ class Archive:
         """The tree's leaves of sealed events ``first`` to ``last``, as far as they are sealed."""
         found: list[bytes] = []
         for period, begin, end in self.holding(first, last):
-            kept = _kept(period, begin, end)
+            kept = _kept(period, periods.load_ends(self._rows, period), begin, end)
             if kept is not None:
                 found += kept
                 continue
@@ -90,13 +97,12 @@ class Archive:
         return found
 
 
-def _kept(period: Period, first: int, last: int) -> list[bytes] | None:
-    """These leaves out of the period's row, if it keeps them."""
-    ends = (
-        (period.first, period.lead),
-        (period.last + 1 - len(period.tail) // HASH_BYTES, period.tail),
-    )
-    for begin, leaves in ends:
+def _kept(period: Period, ends: Ends, first: int, last: int) -> list[bytes] | None:
+    """These leaves out of what is kept of the period's ends, if they are there."""
+    for begin, leaves in (
+        (period.first, ends.lead),
+        (period.last + 1 - len(ends.tail) // HASH_BYTES, ends.tail),
+    ):
         cut = leaves[(first - begin) * HASH_BYTES : (last + 1 - begin) * HASH_BYTES]
         if first >= begin and len(cut) == (last + 1 - first) * HASH_BYTES:
             return [cut[at : at + HASH_BYTES] for at in range(0, len(cut), HASH_BYTES)]
@@ -109,6 +115,7 @@ class WholeRecorder(LMDBApplicationRecorder):
     def __init__(self, environment: LMDBEnvironment, name: str, archive: Archive) -> None:
         super().__init__(environment, name, tree=True)
         self._archive = archive
+        self._first: tuple[int, int, int] | None = None
 
     def live_first(self) -> int:
         """The first event that the live log may hold."""
@@ -116,10 +123,18 @@ class WholeRecorder(LMDBApplicationRecorder):
 
     def first_nid(self) -> int:
         """The first event that can be read from here on without a gap, sealed or live."""
-        first = self.live_first()
-        for period in reversed(self._archive.sealed() if first > 1 else []):
+        live = self.live_first()
+        if live == 1:
+            return 1
+        changed = self._archive.changed()
+        known = self._first
+        if known is not None and known[:2] == (live, changed):
+            return known[2]
+        first = live
+        for period in reversed(self._archive.sealed()):
             if period.last + 1 == first and self._archive.path(period).exists():
                 first = period.first
+        self._first = (live, changed, first)
         return first
 
     def _page(

@@ -82,6 +82,7 @@ class EventLog:
         self.periods: list[Period] = []
         self._last = 0  # number of the last event that this process saved
         self._sealing = trio.Lock()
+        self._settled = 0  # how many periods are sealed and dropped
         #: Why closed periods stay in the live log, or None.
         self.trouble: str | None = None
         self._projections: list[str] = []
@@ -305,20 +306,21 @@ class EventLog:
         """
         sealed = []
         async with self._sealing:
-            for index, closed in enumerate(self.periods[:-1]):
-                period = closed
+            while self._settled < len(self.periods) - 1:
+                index = self._settled
+                period = self.periods[index]
                 if period.segment is None:
-                    period = await self._lane.read(sealing.seal, self.store, self.key, period)
-                    await self._keep_period(index, period)
+                    period, ends = await self._lane.read(sealing.seal, self.store, self.key, period)
+                    await self._lane.commit(periods.store(self.store.periods, period, ends=ends))
+                    self.periods[index] = period
                     sealed.append(period)
                 if not period.dropped:
                     await self._drop(period)
-                    await self._keep_period(index, msgspec.structs.replace(period, dropped=True))
+                    period = msgspec.structs.replace(period, dropped=True)
+                    await self._lane.commit(periods.store(self.store.periods, period))
+                    self.periods[index] = period
+                self._settled += 1
         return sealed
-
-    async def _keep_period(self, index: int, period: Period) -> None:
-        await self._lane.commit(periods.store(self.store.periods, period))
-        self.periods[index] = period
 
     async def _drop(self, period: Period) -> None:
         for name in self._projections:

@@ -19,16 +19,17 @@ from replicator.errors import DamageError
 if TYPE_CHECKING:
     from eventstore.environment import Transaction
 
-#: Events of a period before it is closed though its month goes on: about 300 MB of live log.
-EVENTS_MAX = 1_000_000
+#: Events of a period before it is closed though its month goes on: about 60 MB of live log, which can be read in less than
+#: two seconds where the projection of states is lost.
+EVENTS_MAX = 200_000
+_PERIOD = "period/"
+_ENDS = "ends/"
 
 
 class Period(msgspec.Struct, frozen=True, array_like=True):
     """One period. ``first`` and ``last`` are numbers of events in the log; ``last`` is 0 while it is open.
 
-    ``segment`` is the file that it was sealed into; ``dropped``: its rows are gone from the live log. ``lead`` and ``tail``
-    are the tree's leaves at its two ends where a block of the tree has events of its neighbours too: so that these can be
-    proven while this segment is away.
+    ``segment`` is the file that it was sealed into; ``dropped``: its rows are gone from the live log.
     """
 
     number: int
@@ -37,8 +38,6 @@ class Period(msgspec.Struct, frozen=True, array_like=True):
     last: int = 0
     segment: str | None = None
     dropped: bool = False
-    lead: bytes = b""
-    tail: bytes = b""
 
     @property
     def label(self) -> str:
@@ -53,6 +52,15 @@ class Period(msgspec.Struct, frozen=True, array_like=True):
         return events >= max(EVENTS_MAX, 2 * vms) or _month(now_us) > _month(self.opened_at_us)
 
 
+class Ends(msgspec.Struct, frozen=True, array_like=True):
+    """The tree's leaves at the two ends of a sealed period, where a block of the tree has events of its neighbours too: so
+    that these can be proven while the segment is away.
+    """
+
+    lead: bytes = b""
+    tail: bytes = b""
+
+
 def _month(time_us: int) -> str:
     return datetime.fromtimestamp(time_us / 1_000_000, UTC).strftime("%Y-%m")
 
@@ -60,14 +68,14 @@ def _month(time_us: int) -> str:
 def load(journal: Journal) -> list[Period]:
     """All periods, in order; the last one is open. Blocks. Raises DamageError if they make no sense."""
     found: list[Period] = []
-    for key, value in journal.items():
+    for key, value in journal.items(_PERIOD):
         try:
             period = msgspec.msgpack.decode(value, type=Period)
         except msgspec.MsgspecError as error:
             raise DamageError(f"the log's period {key}: {error}") from error
         expected = found[-1].last + 1 if found else 1
         if (
-            key != _key(period.number)
+            key != _key(_PERIOD, period)
             or period.number != len(found) + 1
             or period.first != expected
         ):
@@ -78,13 +86,25 @@ def load(journal: Journal) -> list[Period]:
     return found
 
 
-def store(journal: Journal, *periods: Period) -> Operation[None]:
-    """The change that makes these rows durable."""
-    return journal.prepare_change({_key(p.number): msgspec.msgpack.encode(p) for p in periods})
+def load_ends(journal: Journal, period: Period) -> Ends:
+    """What is kept of a sealed period's ends. Blocks. Raises DamageError."""
+    row = journal.get(_key(_ENDS, period))
+    try:
+        return Ends() if row is None else msgspec.msgpack.decode(row, type=Ends)
+    except msgspec.MsgspecError as error:
+        raise DamageError(f"the ends of the log's period {period.label}: {error}") from error
 
 
-def _key(number: int) -> str:
-    return f"{number:08d}"
+def store(journal: Journal, *periods: Period, ends: Ends | None = None) -> Operation[None]:
+    """The change that makes these rows durable; ``ends`` are those of the first."""
+    rows = {_key(_PERIOD, period): msgspec.msgpack.encode(period) for period in periods}
+    if ends is not None:
+        rows[_key(_ENDS, periods[0])] = msgspec.msgpack.encode(ends)
+    return journal.prepare_change(rows)
+
+
+def _key(kind: str, period: Period) -> str:
+    return f"{kind}{period.number:08d}"
 
 
 class Close:
@@ -117,4 +137,4 @@ class Close:
         self._openings.committed()
 
 
-__all__ = ["EVENTS_MAX", "Close", "Period", "load", "store"]
+__all__ = ["EVENTS_MAX", "Close", "Ends", "Period", "load", "load_ends", "store"]

@@ -19,7 +19,7 @@ from eventstore.segments import CanonicalParts, Segment, write_segment
 from eventstore.tree import BLOCK_LEAVES, Leaves, TreeLog
 from replicator import durable
 from replicator.errors import DamageError
-from replicator.log.periods import Period
+from replicator.log.periods import Ends, Period
 from replicator.log.store import LogStore
 
 if TYPE_CHECKING:
@@ -29,8 +29,9 @@ if TYPE_CHECKING:
 DROP_ROWS = 2000
 
 
-def seal(store: LogStore, key: CheckpointKey, period: Period) -> Period:
-    """The closed period as it is when its segment is there. In a trio thread a cancellation is heard now and then; nothing
+def seal(store: LogStore, key: CheckpointKey, period: Period) -> tuple[Period, Ends]:
+    """The closed period as it is when its segment is there, and its ends. In a trio thread a cancellation is heard now and then;
+    nothing
     is left of the segment then.
 
     Raises OSError and the event store's errors: a full disk, say; to be tried again.
@@ -59,20 +60,19 @@ def seal(store: LogStore, key: CheckpointKey, period: Period) -> Period:
             records=_records(store, period),
             root=root,
         )
-    lead, tail = _ends(store, period)
-    return msgspec.structs.replace(period, segment=path.name, lead=lead, tail=tail)
+    return msgspec.structs.replace(period, segment=path.name), _ends(store, period)
 
 
-def _ends(store: LogStore, period: Period) -> tuple[bytes, bytes]:
-    """The leaves of the period in the blocks of the tree that it shares with its neighbours."""
+def _ends(store: LogStore, period: Period) -> Ends:
     lead_end = -(-(period.first - 1) // BLOCK_LEAVES) * BLOCK_LEAVES
     lead_end = min(max(lead_end, period.first - 1), period.last)
     tail_first = max(period.last // BLOCK_LEAVES * BLOCK_LEAVES, lead_end) + 1
 
-    def read(_tree: TreeLog, txn: Transaction, _leaves: Leaves) -> tuple[bytes, bytes]:
+    def read(_tree: TreeLog, txn: Transaction, _leaves: Leaves) -> Ends:
         hashes = store.recorder.leaf_hashes
         lead = hashes(txn, period.first, lead_end + 1 - period.first)
-        return b"".join(lead), b"".join(hashes(txn, tail_first, period.last + 1 - tail_first))
+        tail = hashes(txn, tail_first, period.last + 1 - tail_first)
+        return Ends(b"".join(lead), b"".join(tail))
 
     return store.read_tree(read)
 
