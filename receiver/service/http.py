@@ -20,6 +20,7 @@ import trio
 from eventsourcing.persistence import PersistenceError
 
 from replicator.errors import RefusedError, ReplicatorError, StateError, UsageError
+from replicator.log.archive import SegmentAwayError
 from replicator.nursery import flat_nursery
 
 _logger = logging.getLogger(__name__)
@@ -218,7 +219,7 @@ def _error(error: Exception) -> tuple[int, dict[str, Any]]:
         status, code = 404, error.exit_code
     elif isinstance(error, UsageError):
         status, code = 400, error.exit_code
-    elif isinstance(error, RefusedError):
+    elif isinstance(error, RefusedError | SegmentAwayError):
         status, code = 409, error.exit_code
     elif isinstance(error, ReplicatorError | OSError | PersistenceError):
         status, code = 500, 1

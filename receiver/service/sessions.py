@@ -391,7 +391,7 @@ class _PushSession:
                 peer = take_signed(peer, shown.head, message.signed, log.key.verifier)
         except PeerBrokenError as error:
             await note_broken(log, shown.vm, str(error))
-            raise PushRefusedHereError("log-broken", str(error)) from error
+            raise PushRefusedHereError("log-broken", error.why) from error
         await log.keep_peer(shown.vm, peer)
         await self._send(m.Signed(peer.seen))
 

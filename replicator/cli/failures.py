@@ -41,7 +41,7 @@ def explain(error: BaseException) -> Failure:
             text = cause.strerror or str(cause) or type(cause).__name__
             return Failure(one_line(f"{cause.filename}: {text}" if cause.filename else text), 1)
     if _is_persistence(cause):
-        return Failure(one_line(str(cause)), 1)
+        return Failure(one_line(str(cause)), getattr(cause, "exit_code", 1))
     text = f"internal error: {type(cause).__name__}: {cause} (verbose = 3 shows where)"
     return Failure(one_line(text), 1)
 

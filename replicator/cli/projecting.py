@@ -87,7 +87,8 @@ def _check_whole(store: LogStore) -> None:
     """Raises RefusedError while a segment is away: what it says would be gone from the new rows."""
     for period in store.archive.sealed():
         try:
-            store.archive.open(period).close()
+            with store.archive.open(period):
+                pass
         except SegmentAwayError as error:
             raise RefusedError(str(error)) from error
 

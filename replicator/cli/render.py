@@ -25,6 +25,7 @@ _STYLES = {
     "sealed": "green",
     "open": "cyan",
     "parked": "bold red",
+    "missing": "bold red",
     "damaged": "bold red",
 }
 _ENVELOPE = {"id", "at", "kind"}
@@ -84,7 +85,7 @@ def show_periods(periods: Sequence[dict[str, Any]]) -> None:
         [
             each["label"],
             each["opened_at"],
-            f"{each['first']}-{each['last']}",
+            f"{each['first']}-{each['last']}" if each["last"] >= each["first"] else "-",
             each["state"],
             "-" if each["bytes"] is None else size(each["bytes"]),
         ]

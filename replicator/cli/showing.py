@@ -21,6 +21,7 @@ from replicator.cli.text import duration
 from replicator.config import Config
 from replicator.domain.model import Point
 from replicator.domain.views import event_info, instant, point_info, vm_status
+from replicator.errors import UsageError
 from replicator.log import EventLog, Wanted, open_log
 from replicator.push import trouble
 from replicator.push.trouble import Trouble
@@ -59,6 +60,8 @@ class _Time(click.ParamType[int]):
 @click.pass_obj
 def status(context: CliContext, at_us: int | None) -> None:
     """Show every VM, its state and RPO age."""
+    if at_us is not None and at_us > time.time_ns() // 1000:
+        raise UsageError("--at: that time is yet to come")
     vms = trio.run(_status, context.config(), at_us)
     if context.json:
         context.print_json(vms)

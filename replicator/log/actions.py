@@ -16,6 +16,7 @@ from replicator.domain.model import stream_id
 from replicator.domain.views import instant
 from replicator.errors import DamageError, RefusedError, StateError
 from replicator.log import past, periods, states
+from replicator.log.archive import SegmentDamagedError
 from replicator.log.event_log import EventLog
 from replicator.log.periods import Period
 from replicator.log.store import LogStore
@@ -55,10 +56,18 @@ def _shown(store: LogStore, period: Period) -> dict[str, Any]:
         "opened_at": instant(period.opened_at_us),
         "first": period.first,
         "last": period.last or store.head(),
-        "state": ("sealed" if there else "away") if sealed else "closed" if period.last else "open",
+        "state": _state(store, period, there=there),
         "file": path.name if sealed else None,
         "bytes": path.stat().st_size if there else None,
     }
+
+
+def _state(store: LogStore, period: Period, *, there: bool) -> str:
+    if period.segment is None:
+        return "closed" if period.last else "open"
+    if there:
+        return "sealed"
+    return "away" if store.archive.moved(period).exists() else "missing"
 
 
 def find(store: LogStore, name: str) -> Period:
@@ -88,8 +97,17 @@ def export(store: LogStore, name: str, target: Path, *, move: bool) -> dict[str,
     if move:
         with Segment.open(target) as copied:
             copied.verify()
+        _mark(store.archive.moved(period), target)
         durable.unlink(path)
     return _shown(store, period)
+
+
+def _mark(mark: Path, target: Path) -> None:
+    """Write down, durably, that a segment is away on purpose, before it goes."""
+    try:
+        durable.write_file(mark, f"{target}\n".encode())
+    except OSError as error:
+        raise StateError(f"{mark}: {error.strerror or error}") from error
 
 
 @contextmanager
@@ -98,6 +116,7 @@ def _new_file(target: Path) -> Iterator[BinaryIO]:
     partial = target.with_name(target.name + ".building")
     try:
         with partial.open("xb") as file:
+            partial.chmod(0o600)  # as the log itself: for its owner only
             try:
                 yield file
                 file.flush()
@@ -108,7 +127,8 @@ def _new_file(target: Path) -> Iterator[BinaryIO]:
                 raise
         durable.sync_dir(target.parent)
     except OSError as error:
-        raise StateError(f"{error.filename or target}: {error.strerror or error}") from error
+        where = partial if isinstance(error, FileExistsError) else target
+        raise StateError(f"{where}: {error.strerror or error}") from error
 
 
 def _copy(source: Path, target: BinaryIO) -> None:
@@ -130,8 +150,8 @@ def bring_back(store: LogStore, source: Path) -> dict[str, Any]:
                 f"this log has sealed no segment of events {info.first} to {info.last}"
             )
         path = store.archive.path(period)
-        if path.exists():
-            raise RefusedError(f"{path.name} is here already")
+        if path.exists() and _is_good(store, period):
+            raise RefusedError(f"{path.name} is here already, and good")
         segment.verify()
         if info.root != store.root_at(period.last):
             raise DamageError(f"{source} is not what this log sealed as {path.name}")
@@ -148,7 +168,18 @@ def bring_back(store: LogStore, source: Path) -> dict[str, Any]:
             copied.verify()
             if copied.info.root != info.root:
                 raise DamageError(f"{source} has changed while it was read")
+    store.archive.moved(period).unlink(missing_ok=True)
     return _shown(store, period)
+
+
+def _is_good(store: LogStore, period: Period) -> bool:
+    """Whether the segment that is there is what this log sealed."""
+    try:
+        with store.archive.open(period) as segment:
+            segment.verify()
+            return bool(segment.info.root == store.root_at(period.last))
+    except SegmentDamagedError:
+        return False
 
 
 def number_of(store: LogStore, name: str, event: int) -> int:

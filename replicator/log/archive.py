@@ -7,12 +7,12 @@ Segments stand in ``events/segments``. One that an operator has moved off is nam
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 from uuid import UUID
 
-from eventsourcing.persistence import Notification, OperationalError, StoredEvent
+from eventsourcing.persistence import InternalError, Notification, OperationalError, StoredEvent
 
 from eventstore.environment import LMDBEnvironment
 from eventstore.eventlog import SCAN_MAX
@@ -20,7 +20,7 @@ from eventstore.journal import Journal
 from eventstore.merkle import HASH_BYTES
 from eventstore.recorders import LMDBApplicationRecorder
 from eventstore.records import originator_key
-from eventstore.segments import Segment
+from eventstore.segments import Segment, SegmentError
 from replicator.log import periods
 from replicator.log.periods import Ends, Period
 
@@ -29,10 +29,18 @@ if TYPE_CHECKING:
 
 FOLDER = "segments"
 SUFFIX = ".segment"
+#: Stands for a segment that `replctl log export --move` has moved.
+MOVED = ".moved"
 
 
 class SegmentAwayError(OperationalError):
-    """A sealed segment that is needed is not where it belongs."""
+    """A sealed segment that is needed is not where it belongs: refused until it is brought back."""
+
+    exit_code = 3
+
+
+class SegmentDamagedError(InternalError):
+    """A sealed segment does not read as it was sealed."""
 
 
 class Archive:
@@ -46,15 +54,26 @@ class Archive:
         """Where a period's segment belongs, whether it is there or not."""
         return self.folder / (period.label + SUFFIX)
 
-    def open(self, period: Period) -> Segment:
-        """A sealed period's segment, to be closed by the caller. Raises SegmentAwayError, SegmentError."""
+    @contextmanager
+    def open(self, period: Period) -> Iterator[Segment]:
+        """A sealed period's segment. Raises SegmentAwayError, SegmentDamagedError, also for what is found inside."""
         path = self.path(period)
         if not path.exists():
             raise SegmentAwayError(
                 f"events {period.first} to {period.last} are in {path.name}, which is not in {path.parent}:"
                 " bring it back with replctl log import FILE"
             )
-        return Segment.open(path)
+        try:
+            with Segment.open(path) as segment:
+                yield segment
+        except SegmentError as error:
+            raise SegmentDamagedError(
+                f"{path.name}, events {period.first} to {period.last}: {error}"
+            ) from error
+
+    def moved(self, period: Period) -> Path:
+        """The mark of a segment that was moved away on purpose."""
+        return self.folder / (period.label + MOVED)
 
     def changed(self) -> int:
         """Another number whenever a segment came or went."""
@@ -184,4 +203,4 @@ class WholeRecorder(LMDBApplicationRecorder):
         return leaves
 
 
-__all__ = ["FOLDER", "SUFFIX", "Archive", "SegmentAwayError", "WholeRecorder"]
+__all__ = ["Archive", "SegmentAwayError", "SegmentDamagedError", "WholeRecorder"]

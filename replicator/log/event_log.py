@@ -182,6 +182,9 @@ class EventLog:
     async def warnings(self) -> list[str]:
         """What an operator should look at in the log itself, one line each."""
         found = await self._lane.read(parked, self.store)
+        for name in self._projections:
+            if (error := self.projections.store_error(name)) is not None:
+                found.append(f"the projection {name} waits for the log: {error}")
         return found + ([self.trouble] if self.trouble is not None else [])
 
     # What happened
@@ -372,7 +375,8 @@ async def open_log(
         ):
             key = None
             if not readonly:
-                key = await trio.to_thread.run_sync(ensure_key, folder)
+                events = await lane.read(store.head)
+                key = await trio.to_thread.run_sync(ensure_key, folder, events)
                 await _begin(store, lane, clock)
             log = EventLog(store, lane, key, clock)
             await trio.to_thread.run_sync(log.load)

@@ -7,6 +7,7 @@ cannot be taken back is a head that the other side has seen.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +22,8 @@ from replicator.log.store import LogStore
 if TYPE_CHECKING:
     from eventstore.environment import Transaction
 
+_logger = logging.getLogger(__name__)
+
 KEY = "log.key"
 
 
@@ -34,10 +37,16 @@ class SignedHead:
     proof: tuple[bytes, ...]
 
 
-def ensure_key(folder: Path) -> CheckpointKey:
-    """The log's key, made now if the log has none. Raises StateError where it cannot be used."""
+def ensure_key(folder: Path, events: int) -> CheckpointKey:
+    """The log's key, made now if the log (of so many events) has none. Raises StateError where it cannot be used."""
     path = folder / KEY
     if not path.exists():
+        if events:
+            _logger.warning(
+                "%s is missing, a new key is made: the other side will not believe this log until"
+                " replctl log accept there; put the old one back if there is a copy",
+                path,
+            )
         partial = path.with_suffix(".new")
         try:
             partial.unlink(missing_ok=True)

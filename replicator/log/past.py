@@ -75,7 +75,7 @@ def _page(
         first = _first_period(store, cut, vm, wanted)
         events = _forward(store, cut[first:], vm)
     else:
-        events = _backward(store, cut, vm)
+        events = _backward(store, cut, vm, min(_PAGE, wanted.limit + 1))
     found: list[Any] = []
     for event in events:
         if _beyond(event, wanted):
@@ -96,7 +96,7 @@ def _first_period(store: LogStore, cut: Sequence[Period], vm: UUID, wanted: Want
     """The index of the period that the first wanted event may stand in."""
     if wanted.after is not None:
         for index in range(len(cut) - 1, 0, -1):
-            opening = next(iter(_stream(store, cut[index], vm, limit=1)), None)
+            opening = next(iter(_stream(store, cut[index], vm, page_size=1)), None)
             if opening is not None and opening.originator_version <= wanted.after + 1:
                 return index
         return 0
@@ -109,16 +109,17 @@ def _forward(store: LogStore, cut: Sequence[Period], vm: UUID) -> Iterator[Any]:
         yield from _stream(store, period, vm)
 
 
-def _backward(store: LogStore, cut: Sequence[Period], vm: UUID) -> Iterator[Any]:
+def _backward(store: LogStore, cut: Sequence[Period], vm: UUID, page_size: int) -> Iterator[Any]:
+    # No more than is wanted: what is damaged before that does not matter.
     for period in reversed(cut):
-        for event in _stream(store, period, vm, desc=True):
+        for event in _stream(store, period, vm, desc=True, page_size=page_size):
             yield event
             if event.originator_version == 1:
                 return  # nothing of it is in older periods, whose segments may be away
 
 
 def _stream(
-    store: LogStore, period: Period, vm: UUID, *, desc: bool = False, limit: int | None = None
+    store: LogStore, period: Period, vm: UUID, *, desc: bool = False, page_size: int = _PAGE
 ) -> Iterator[Any]:
     """A VM's events in one period, page by page."""
     stream = stream_id(vm, period.number)
@@ -128,11 +129,9 @@ def _stream(
         return
     gt = lte = None
     while True:
-        rows = store.recorder.select_events(
-            stream, gt=gt, lte=lte, desc=desc, limit=min(_PAGE, limit or _PAGE)
-        )
+        rows = store.recorder.select_events(stream, gt=gt, lte=lte, desc=desc, limit=page_size)
         yield from map(store.event, rows)
-        if len(rows) < _PAGE or limit is not None:
+        if len(rows) < page_size:
             return
         if desc:
             lte = rows[-1].originator_version - 1

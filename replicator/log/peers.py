@@ -35,7 +35,11 @@ class Peer(msgspec.Struct, frozen=True, array_like=True):
 
 
 class PeerBrokenError(Exception):
-    """The other side's log is not the one that was seen before; the text says why."""
+    """The other side's log is not the one that was seen before. ``why`` says so without saying whose log it is."""
+
+    def __init__(self, what: str, why: Exception) -> None:
+        super().__init__(f"the other side{what}: {why}")
+        self.why = str(why)
 
 
 def load(journal: Journal, vm: str) -> Peer | None:
@@ -79,7 +83,7 @@ def take_head(
         check_progress(None if peer is None else _seen(peer), new, proof)
         signed = cosign(text, [verifier], own)
     except CheckpointError as error:
-        raise PeerBrokenError(f"the other side's log cannot be believed: {error}") from error
+        raise PeerBrokenError("'s log cannot be believed", error) from error
     return Peer(key, signed, None if peer is None else peer.ours)
 
 
@@ -90,7 +94,7 @@ def take_signed(peer: Peer, sent: str, signed: str, own: VerifierKey) -> Peer:
         if theirs != open_checkpoint(sent, [own]):
             raise CheckpointError("it signed another head than it was sent")
     except CheckpointError as error:
-        raise PeerBrokenError(f"the other side did not sign our head: {error}") from error
+        raise PeerBrokenError(" did not sign our head", error) from error
     return msgspec.structs.replace(peer, ours=signed)
 
 

@@ -79,6 +79,11 @@ def verify(store: LogStore, report: Report = lambda _done, _total: None) -> Chec
 def _check_segment(store: LogStore, period: Period, checked: Checked) -> None:
     path = store.archive.path(period)
     if not path.exists():
+        if not store.archive.moved(period).exists():
+            raise DamageError(
+                f"{path.name} is missing, and was not moved away: events {period.first} to {period.last}"
+                " are lost unless a copy of it is brought back with replctl log import FILE"
+            )
         checked.away.append(path.name)
         return
     with store.archive.open(period) as segment:

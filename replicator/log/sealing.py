@@ -30,9 +30,9 @@ DROP_ROWS = 2000
 
 
 def seal(store: LogStore, key: CheckpointKey, period: Period) -> tuple[Period, Ends]:
-    """The closed period as it is when its segment is there, and its ends. In a trio thread a cancellation is heard now and then;
-    nothing
-    is left of the segment then.
+    """The closed period as it is when its segment is there, and its ends.
+
+    In a trio thread a cancellation is heard now and then; nothing is left of the segment then.
 
     Raises OSError and the event store's errors: a full disk, say; to be tried again.
     """

@@ -27,7 +27,9 @@ async def compare_heads(connection: Connection, log: EventLog, vm: UUID, name: s
         await _compare(connection, log, vm, name)
     except (ReplicatorError, PersistenceError) as error:
         if isinstance(error, PeerRefusedError) and error.code == "log-broken":
-            _logger.error("%s: the receiver does not believe this side's log: %s", name, error)
+            _logger.error(
+                "%s: the receiver does not believe this side's log: %s", name, error.reason
+            )
             return
         _logger.warning("%s: the heads of the logs were not compared: %s", name, error)
 

@@ -330,3 +330,9 @@ __all__ = [
     "stream_id",
     "three_months",
 ]
+
+
+def take_away(segment: Path) -> None:
+    """A segment is gone, as after `replctl log export --move`."""
+    segment.unlink()
+    segment.with_suffix(".moved").touch()

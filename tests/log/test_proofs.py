@@ -36,6 +36,7 @@ from tests.log.support import (
     live,
     live_rows,
     opened,
+    take_away,
 )
 
 if TYPE_CHECKING:
@@ -414,7 +415,7 @@ def test_a_segment_is_another(copied: Path) -> None:
 
 def test_a_segment_that_is_away_is_named_and_the_rest_is_checked(copied: Path) -> None:
     path = copied / "segments" / "000001-2026-01.segment"
-    path.unlink()
+    take_away(path)
     with opened(copied) as store:
         checked = proofs.verify(store)
     assert (checked.away, checked.segments) == ([path.name], ["000002-2026-02.segment"])
@@ -427,7 +428,8 @@ def test_a_segment_that_is_away_is_named_and_the_rest_is_checked(copied: Path) -
 def test_all_segments_are_away(copied: Path) -> None:
     """The live log can be checked, proven and shown to the other side without them."""
     keep_signed(copied)
-    shutil.rmtree(copied / "segments")
+    for path in (copied / "segments").glob("*.segment"):
+        take_away(path)
     key = load_key(copied)
     with opened(copied) as store:
         checked = proofs.verify(store)
@@ -447,7 +449,8 @@ def test_a_head_that_was_signed_within_a_segment_that_is_away(copied: Path) -> N
     keep_signed(copied, old=300)
     with opened(copied) as store:
         assert proofs.verify(store).signed_heads == 1
-    shutil.rmtree(copied / "segments")
+    for path in (copied / "segments").glob("*.segment"):
+        take_away(path)
     with opened(copied) as store:
         assert proofs.verify(store).signed_heads == 0
 
@@ -669,10 +672,12 @@ def test_a_proof_with_wrong_kinds_of_values(given: tuple[dict[str, Any], dict[st
 # The key
 
 
-def test_the_key_is_made_once_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = heads.ensure_key(tmp_path)
+def test_the_key_is_made_once_and_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = heads.ensure_key(tmp_path, 0)
     assert (tmp_path / "log.key").stat().st_mode & 0o777 == 0o600
-    assert heads.ensure_key(tmp_path).verifier == first.verifier
+    assert heads.ensure_key(tmp_path, 0).verifier == first.verifier
     assert CheckpointKey.generate("x").verifier != first.verifier
     # Cut before it had its name: a new one is made, and nothing is in the way.
     other = tmp_path / "other"
@@ -685,8 +690,11 @@ def test_the_key_is_made_once_and_kept(tmp_path: Path, monkeypatch: pytest.Monke
     with monkeypatch.context() as patch:
         patch.setattr(durable, "observe", cut)
         with pytest.raises(KeyboardInterrupt):
-            heads.ensure_key(other)
-    heads.ensure_key(other)
+            heads.ensure_key(other, 0)
+    assert not caplog.records
+    # The log is there, and its key is not: that is said.
+    heads.ensure_key(other, 9)
+    assert "log.key is missing, a new key is made" in caplog.text
     assert [path.name for path in other.iterdir()] == ["log.key"]
 
 
@@ -695,7 +703,8 @@ def test_a_key_that_cannot_be_used_is_never_replaced(tmp_path: Path, content: by
     path = tmp_path / "log.key"
     path.write_bytes(content)
     path.chmod(0o600)
-    for use in (heads.ensure_key, load_key):
-        with pytest.raises(StateError, match=r"log\.key"):
-            use(tmp_path)
+    with pytest.raises(StateError, match=r"log\.key"):
+        heads.ensure_key(tmp_path, 9)
+    with pytest.raises(StateError, match=r"log\.key"):
+        load_key(tmp_path)
     assert path.read_bytes() == content
