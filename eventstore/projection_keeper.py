@@ -77,7 +77,11 @@ class Keeper:
     """
 
     def __init__(
-        self, recorder: LMDBApplicationRecorder, projection: Projection, poll_s: float
+        self,
+        recorder: LMDBApplicationRecorder,
+        projection: Projection,
+        poll_s: float,
+        gather_s: float,
     ) -> None:
         self._recorder = recorder
         self._projection = projection
@@ -88,6 +92,9 @@ class Keeper:
         self._state: State | None = None
         self._failing: dict[int, _Failing] = {}
         self._waiters = trio.lowlevel.ParkingLot()
+        self._gather_s = gather_s
+        #: Set when somebody waits for what is not there yet.
+        self._wanted = trio.Event()
         self._ended = False
         self._lane: Lane | None = None
         self.store_error: str | None = None
@@ -113,14 +120,23 @@ class Keeper:
                     store_tries = 0
                     if not busy:
                         await self._commits.wait(self._due_in_s(), lane)
+                        await self._gather()
         finally:
             self._ended = True
             self._waiters.unpark_all()
+
+    async def _gather(self) -> None:
+        """Let more events come before they are taken, unless somebody waits for them."""
+        if self._gather_s > 0:
+            with trio.move_on_after(self._gather_s):
+                await self._wanted.wait()
+            self._wanted = trio.Event()
 
     async def wait(self, nid: int) -> None:
         """As `Projections.wait`."""
         await trio.lowlevel.checkpoint()
         while (state := self._state) is None or state.live.position < nid:
+            self._wanted.set()
             if self._ended:
                 raise InterfaceError(f"projection {self._name!r} does not run any more")
             if state is not None and self._stands(state) is not None:

@@ -61,7 +61,9 @@ class Projections:
     opened), so in a worker thread or before trio runs; its other methods belong to the trio thread,
     unless they say that they block.
 
-    Another process's commit is seen within ``poll_s`` seconds. Raises ProgrammingError for a bad
+    Another process's commit is seen within ``poll_s`` seconds. With ``gather_s`` what is committed
+    then is taken in only after so many seconds, or as soon as somebody waits for it: one commit
+    for many events, where views may be that old. Raises ProgrammingError for a bad
     name or revision, two projections of one name, a read-only environment or one that is not the
     recorder's.
     """
@@ -73,6 +75,7 @@ class Projections:
         projections: Sequence[Projection],
         *,
         poll_s: float = POLL_S_DEFAULT,
+        gather_s: float = 0,
     ) -> None:
         if environment.readonly or environment.path != recorder.environment.path:
             raise ProgrammingError("projections need the environment of their log, for writing")
@@ -87,7 +90,7 @@ class Projections:
                 raise ProgrammingError(f"projection revision {projection.revision} is out of range")
             if projection.name in self._keepers:
                 raise ProgrammingError(f"two projections are called {projection.name!r}")
-            self._keepers[projection.name] = Keeper(recorder, projection, poll_s)
+            self._keepers[projection.name] = Keeper(recorder, projection, poll_s, gather_s)
 
     async def run(self, lane: Lane) -> None:
         """Keep all of them up to date until cancelled; what is committed by then stays.

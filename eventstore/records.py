@@ -50,6 +50,8 @@ _CHECK_BYTES = 8
 FLOOR_KEY = b"floor"
 ENTRY_BYTES = 16
 _KIND_UUID = b"\x00"
+#: Format and flags of a record whose id is a UUID.
+_PLAIN = bytes([FORMAT, 0])
 _KIND_TEXT = b"\x01"
 
 
@@ -133,6 +135,18 @@ def encode_record(nid: int, topic: int, version: int, key: bytes, state: bytes) 
     head = _FIXED.pack(FORMAT, key[0], topic, version)
     body = key[1:] + state
     return head + _digest(_U64.pack(nid) + head + body) + body
+
+
+def plain_record(key: bytes, record: bytes) -> tuple[int, int, bytes] | None:
+    """Topic number, version, and aggregate id and state together, of a sound record of a UUID's event; None for any other,
+    of which `decode_record` says what it is. ``key`` is the notification id as it is stored.
+    """
+    body = record[22:]
+    sound = record[14:22] == _digest(key + record[:14] + body) and len(body) >= 16
+    if not sound or record[:2] != _PLAIN:
+        return None
+    _, _, topic, version = _FIXED.unpack_from(record)
+    return topic, version, body
 
 
 def decode_record(nid: int, record: bytes) -> Record:

@@ -45,6 +45,9 @@ PROJECTIONS: Sequence[MakeProjection] = (states.VmStates, UsageByDay)
 
 #: How soon a request by another process, to rebuild a projection, is seen. Seconds.
 POLL_S = 1.0
+#: How long events are gathered before they are taken into what is kept beside the log: a commit of its own for each of them
+#: would double what is written. Seconds.
+GATHER_S = 1.0
 
 
 def parked(store: LogStore) -> list[str]:
@@ -103,7 +106,9 @@ class EventLog:
     def keep(self, made: Sequence[Projection]) -> None:
         """Have these projections. Blocks; called once, before the log is used."""
         self._projections = [projection.name for projection in made]
-        self._keeper = Projections(self.store.environment, self.store.recorder, made, poll_s=POLL_S)
+        self._keeper = Projections(
+            self.store.environment, self.store.recorder, made, poll_s=POLL_S, gather_s=GATHER_S
+        )
 
     @property
     def key(self) -> CheckpointKey:

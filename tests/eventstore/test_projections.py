@@ -317,6 +317,38 @@ async def test_what_was_gathered_is_written_with_the_transaction_that_it_is_of(
     assert read[b"writes"] == bytes([2])  # before the poison, and after it
 
 
+async def test_events_are_gathered_unless_somebody_waits_for_them(
+    recorder: LMDBApplicationRecorder, autojump_clock: MockClock
+) -> None:
+    projection = Gathering()
+    keeping = Projections(
+        recorder.environment, recorder, [projection], poll_s=math.inf, gather_s=3600
+    )
+
+    def ids(view: View) -> list[int]:
+        return list(view.get(b"ids") or b"")
+
+    async with (
+        open_lane(recorder.environment, reader_check_s=math.inf) as lane,
+        trio.open_nursery() as nursery,
+    ):
+        nursery.start_soon(keeping.run, lane)
+        # Virtual time stands still while threads work: nothing here waits for an hour.
+        autojump_clock.autojump_threshold = math.inf
+        for number in (1, 2, 3):
+            await trio.to_thread.run_sync(insert, recorder, "a")
+            await wait_all_tasks_blocked()
+            if number == 2:
+                await keeping.wait("gathering", 2)
+                assert keeping.read("gathering", ids) == [1, 2]
+        await keeping.wait("gathering", 3)
+        assert keeping.read("gathering", ids) == [1, 2, 3]
+        nursery.cancel_scope.cancel()
+    writes = keeping.read("gathering", lambda view: view.get(b"writes"))
+    assert writes is not None
+    assert writes[0] <= 3  # at its start, at the second and at the third
+
+
 async def test_a_generation_that_cannot_begin_is_parked_before_the_first_event(
     recorder: LMDBApplicationRecorder, autojump_clock: MockClock
 ) -> None:
