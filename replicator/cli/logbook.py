@@ -97,6 +97,19 @@ def prove(
 
 
 @log.command()
+@click.pass_obj
+def head(context: CliContext) -> None:
+    """Show the log's key and its signed head, to be kept elsewhere, and what is known of the other side's."""
+    found = _read(context, lambda store: proofs.show_heads(store, load_key(store.folder)))
+    if context.json:
+        context.print_json(found)
+        return
+    click.echo(f"key of this log: {found['key']}\n\n{found['head']}", nl=False)
+    for peer in found["peers"]:
+        click.echo(f"\nkey of the other side's log ({one_line(peer['vm'])}): {peer['key']}")
+
+
+@log.command()
 @click.argument("file", type=click.File("rb"))
 @click.option("--key", help="The log's key, from elsewhere than the proof.")
 @click.pass_obj

@@ -42,6 +42,7 @@ _COMMANDS = {
     "run": "replicator.cli.pushing:run",
     "seed": "replicator.cli.pushing:seed",
     "status": "replicator.cli.showing:status",
+    "usage": "replicator.cli.accounting:usage",
     "verify": "replicator.cli.receiving:verify",
 }
 
@@ -105,7 +106,7 @@ def replctl(ctx: click.Context, config_path: Path, as_json: bool) -> None:
     """Disaster recovery of virtual machine disks.
 
     On the host of a VM: seed, push, run. On the receiver: receiver, verify, export, failover. On both: status, points,
-    history, log, projections.
+    history, usage, log, projections.
     """
     ctx.obj = CliContext(config_path, as_json)
 

@@ -94,6 +94,25 @@ def show_periods(periods: Sequence[dict[str, Any]]) -> None:
     _table(["period", "opened", "events", "state", "size"], rows, styled=3)
 
 
+def show_usage(days: Sequence[dict[str, Any]]) -> None:
+    """A VM's days as a table."""
+    rows = [
+        [
+            day["day"],
+            str(day["seeds"]),
+            str(day["cycles"]),
+            size(day["bytes_pushed"]),
+            duration(day["busy_s"]),
+            str(day["abandoned"]),
+            str(day["damages"]),
+            str(day["tests"]),
+        ]
+        for day in days
+    ]
+    heads = ["day", "seeds", "cycles", "pushed", "busy", "given up", "damages", "tests"]
+    _table(heads, rows)
+
+
 def show_projections(projections: Sequence[dict[str, Any]]) -> None:
     """Projections as a table, and what has stopped one below it."""
     rows = [
@@ -153,4 +172,11 @@ def _console() -> Console:
     return Console(highlight=False)
 
 
-__all__ = ["show_history", "show_periods", "show_points", "show_projections", "show_status"]
+__all__ = [
+    "show_history",
+    "show_periods",
+    "show_points",
+    "show_projections",
+    "show_status",
+    "show_usage",
+]

@@ -13,7 +13,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import msgspec
-from eventsourcing.persistence import InternalError, Notification
+from eventsourcing.persistence import (
+    InternalError,
+    Notification,
+    PersistenceError,
+    StoredEvent,
+)
 
 from eventstore import merkle
 from eventstore.checkpoint import (
@@ -24,22 +29,30 @@ from eventstore.checkpoint import (
     open_checkpoint,
     sign,
 )
+from eventstore.mapper import EventMapper
 from eventstore.merkle import Frontier
 from eventstore.records import canonical_record, originator_key
-from eventstore.segments import Segment, SegmentError
+from eventstore.segments import CanonicalParts, Segment, SegmentError, split_canonical
 from eventstore.tree import Leaves, TreeLog, TreeMismatchError
+from replicator.domain.views import instant
+from replicator.domain.vm import event_kind, event_time_us
 from replicator.errors import DamageError, RefusedError, UsageError
 from replicator.log.archive import SegmentAwayError
 from replicator.log.heads import signed_head
 from replicator.log.peers import Peer
+from replicator.log.peers import load as load_peer
 from replicator.log.periods import Period
-from replicator.log.store import LogStore
+from replicator.log.states import recall
+from replicator.log.store import TYPES, LogStore
 
 if TYPE_CHECKING:
     from eventstore.environment import Transaction
 
 #: Events checked in one transaction.
 _STRIDE = 1 << 13
+
+#: Whoever made the proof has said so himself.
+_OWN_KEY = " (by the key in the proof itself)"
 
 Report = Callable[[int, int], None]
 
@@ -168,6 +181,22 @@ def _signed(vm: str, row: bytes) -> tuple[str, Checkpoint | None]:
     return signer.name, seen
 
 
+def show_heads(store: LogStore, key: CheckpointKey) -> dict[str, Any]:
+    """The log's key and its head, signed now; and by VM the other side's key, its head as this side signed it, and this
+    side's last head that the other side has signed.
+    """
+    names = {vm.vm: vm.name for vm in recall(store).values()}
+    peers = []
+    for vm, *_ in store.peers.items():
+        peer = load_peer(store.peers, vm)
+        assert peer is not None
+        peers.append(
+            {"vm": names.get(vm, vm), "key": peer.key, "head": peer.seen, "signed": peer.ours}
+        )
+    head = signed_head(store, key, 0)
+    return {"key": str(key.verifier), "size": head.size, "head": head.text, "peers": peers}
+
+
 def prove_event(store: LogStore, key: CheckpointKey, number: int) -> dict[str, Any]:
     """The record of an event, its place in the tree, and the signed head. Raises RefusedError if it is not there."""
     found = store.recorder.select_notifications(number, 1, number)
@@ -259,9 +288,25 @@ def check_proof(text: bytes, key: str | None) -> str:
         if head.size != given.size or given.index != given.event - 1:
             raise DamageError("the proof is of another size or event than it says")
         merkle.verify_inclusion(merkle.leaf_hash(record), given.index, given.size, steps, head.root)
-    except ValueError as error:
+        parts = split_canonical(record)
+        if parts.nid != given.event:
+            raise DamageError(f"the proof is of event {parts.nid}, not {given.event}")
+    except (ValueError, SegmentError) as error:
         raise DamageError(f"the proof does not hold: {error}") from error
-    return f"event {given.event} is in log {head.origin} of {head.size} events"
+    return (
+        f"event {given.event} is in log {head.origin} of {head.size} events: {_told(parts)}"
+        f"{'' if key is not None else _OWN_KEY}"
+    )
+
+
+def _told(parts: CanonicalParts) -> str:
+    """What an event says, for people."""
+    stored = StoredEvent(parts.originator_id, parts.version, parts.topic, parts.state)
+    try:
+        event = EventMapper(types=TYPES).to_domain_event(stored)
+    except PersistenceError:
+        return parts.topic
+    return f"{event_kind(event)}, {instant(event_time_us(event))}"
 
 
 def _check_growth(text: bytes, key: str | None) -> str:
@@ -280,7 +325,10 @@ def _check_growth(text: bytes, key: str | None) -> str:
         raise DamageError(
             f"the signed head is of {head.size} events, the proof of {given.new_size}"
         )
-    return f"log {head.origin} of {given.new_size} events continues that of {given.old_size}"
+    return (
+        f"log {head.origin} of {given.new_size} events continues that of {given.old_size}, whose root is"
+        f" {given.old_root}{'' if key is not None else _OWN_KEY}"
+    )
 
 
 def _head(text: str, key: str) -> Any:
@@ -303,4 +351,4 @@ def _base64(data: bytes) -> str:
     return base64.b64encode(data).decode("ascii")
 
 
-__all__ = ["Checked", "check_proof", "prove_event", "prove_growth", "verify"]
+__all__ = ["Checked", "check_proof", "prove_event", "prove_growth", "show_heads", "verify"]

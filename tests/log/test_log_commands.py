@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import base64
 import errno
 import json
 import os
@@ -164,7 +165,10 @@ def test_prove_and_check(source: Source, replctl: Replctl, tmp_path: Path) -> No
     key = str(load_key(source.log).verifier)
     name = key.partition("+")[0]
     for words, shown in (
-        ((1,), f"event 1 is in log {name} of {EVENTS} events"),
+        (
+            (1,),
+            f"event 1 is in log {name} of {EVENTS} events: registered, 2026-01-20T00:00:03.000Z",
+        ),
         ((EVENTS,), f"event {EVENTS} is in log {name} of {EVENTS} events"),
         (("--since", 7), f"log {name} of {EVENTS} events continues that of 7"),
         (("--since", 7, "--to", 21), f"log {name} of 21 events continues that of 7"),
@@ -173,11 +177,39 @@ def test_prove_and_check(source: Source, replctl: Replctl, tmp_path: Path) -> No
         path = proof_file(source, *words)
         none = tmp_path / "none.conf"
         done = replctl("--config", none, "log", "check", path)
-        assert (done.code, done.out, done.err) == (0, shown + "\n", "")
+        assert (done.code, done.err) == (0, "")
+        assert done.out.startswith(shown)
+        assert done.out.endswith(" (by the key in the proof itself)\n")
+        told = done.out.removesuffix(" (by the key in the proof itself)\n")
         done = replctl("--json", "--config", none, "log", "check", path, "--key", key)
-        assert (done.code, done.json) == (0, {"proven": shown})
+        assert (done.code, done.json) == (0, {"proven": told})
         other = str(CheckpointKey.generate(name).verifier)
         source.fails(1, "cannot be believed", "log", "check", path, "--key", other)
+
+
+def test_head(source: Source) -> None:
+    """What is kept of it elsewhere shows later that the log only grew."""
+    key = str(load_key(source.log).verifier)
+    head = source.json("log", "head")
+    assert head.keys() == {"key", "size", "head", "peers"}
+    assert (head["key"], head["size"], head["peers"]) == (key, EVENTS, [])
+    root = base64.b64encode(bytes.fromhex(source.json("log", "verify")["root"])).decode()
+    assert head["head"].splitlines()[:3] == [key.partition("+")[0], str(EVENTS), root]
+    done = source("log", "head")
+    assert done.out == f"key of this log: {key}\n\n{done.out.partition(chr(10) * 2)[2]}"
+
+
+def test_usage(source: Source) -> None:
+    days = source.json("usage", "web")
+    assert days == sorted(days, key=lambda day: day["day"])
+    fields = {"day", "seeds", "cycles", "bytes_pushed", "busy_s", "abandoned", "damages", "tests"}
+    assert all(day.keys() == fields for day in days)
+    events = source.json("history", "web", "--since-id", 0)
+    for kind, name in (("seed-committed", "seeds"), ("cycle-committed", "cycles")):
+        assert sum(day[name] for day in days) == sum(e["kind"] == kind for e in events)
+    done = source("usage", "web")
+    assert len(done.out.splitlines()) == len(days) + 1
+    source.fails(3, "no VM 'nobody' here (known: ", "usage", "nobody")
 
 
 def test_prove_an_event_by_its_vm(source: Source) -> None:
