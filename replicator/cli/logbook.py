@@ -45,6 +45,7 @@ def verify(context: CliContext) -> None:
         context.print_json(
             {
                 "events": checked.events,
+                "read": checked.read,
                 "root": checked.root.hex(),
                 "segments": checked.segments,
                 "away": checked.away,
@@ -55,11 +56,17 @@ def verify(context: CliContext) -> None:
     heads = {0: "no head signed by the other side yet", 1: "1 head signed by the other side"}
     signed = heads.get(checked.signed_heads, f"{checked.signed_heads} heads signed by other sides")
     click.echo(
-        f"{checked.events} events are what they were, root {checked.root.hex()};"
+        f"{_count(checked)} are what they were, root {checked.root.hex()};"
         f" {len(checked.segments)} sealed, {signed}"
     )
     for name in checked.away:
         click.echo(f"{name} is not here: its events were not looked at")
+
+
+def _count(checked: proofs.Checked) -> str:
+    if checked.read == checked.events:
+        return f"{checked.events} events"
+    return f"{checked.read} of {checked.events} events"
 
 
 @log.command()

@@ -50,7 +50,7 @@ class _Time(click.ParamType[int]):
         except ValueError:
             self.fail(f"{value}: expected {_TIME_HELP}", param, ctx)
         stamp = stamp if stamp.tzinfo else stamp.replace(tzinfo=UTC)
-        if not 1970 <= stamp.year < 9999:
+        if not 1971 <= stamp.year < 9999:  # a zone may move it into the year before
             self.fail(f"{value}: no time of this log", param, ctx)
         return round(stamp.timestamp() * 1_000_000)
 

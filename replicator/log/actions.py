@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 from uuid import UUID
 
-from eventstore.segments import Segment, export_json_lines
+from eventstore.segments import Segment, SegmentError, export_json_lines
 from replicator import durable
 from replicator.domain.model import stream_id
 from replicator.domain.views import instant
@@ -113,7 +114,8 @@ def _mark(mark: Path, target: Path) -> None:
 @contextmanager
 def _new_file(target: Path) -> Iterator[BinaryIO]:
     """A file that is named so, durably, when all is in it; after an error nothing is left of it. Raises StateError."""
-    partial = target.with_name(target.name + ".building")
+    # A name of its own: two at once, or one that was killed, are in nobody's way.
+    partial = target.with_name(f".{target.name}.{os.getpid()}.building")
     try:
         with partial.open("xb") as file:
             partial.chmod(0o600)  # as the log itself: for its owner only
@@ -139,7 +141,7 @@ def _copy(source: Path, target: BinaryIO) -> None:
 
 def bring_back(store: LogStore, source: Path) -> dict[str, Any]:
     """Put a segment back where it belongs, verified against the log's own tree. Raises RefusedError, DamageError."""
-    with Segment.open(source) as segment:
+    with _given(source) as segment:
         info = segment.info
         period = next(
             (p for p in store.archive.sealed() if (p.first, p.last) == (info.first, info.last)),
@@ -155,21 +157,45 @@ def bring_back(store: LogStore, source: Path) -> dict[str, Any]:
         segment.verify()
         if info.root != store.root_at(period.last):
             raise DamageError(f"{source} is not what this log sealed as {path.name}")
-    try:
-        durable.make_dir(path.parent)
-        # Of an import that was cut.
-        path.with_name(path.name + ".building").unlink(missing_ok=True)
-    except OSError as error:
-        raise StateError(f"{path}: {error.strerror or error}") from error
-    with _new_file(path) as file:
-        _copy(source, file)
-        file.flush()
-        with Segment.open(file.name) as copied:
-            copied.verify()
-            if copied.info.root != info.root:
-                raise DamageError(f"{source} has changed while it was read")
-    store.archive.moved(period).unlink(missing_ok=True)
+    with _alone(store.archive.folder, path.name):
+        with _new_file(path) as file:
+            _copy(source, file)
+            file.flush()
+            with Segment.open(file.name) as copied:
+                copied.verify()
+                if copied.info.root != info.root:
+                    raise DamageError(f"{source} has changed while it was read")
+        store.archive.moved(period).unlink(missing_ok=True)
     return _shown(store, period)
+
+
+@contextmanager
+def _given(path: Path) -> Iterator[Segment]:
+    """A segment from elsewhere. Raises DamageError."""
+    try:
+        with Segment.open(path) as segment:
+            yield segment
+    except SegmentError as error:
+        raise DamageError(f"{path}: {error}") from error
+
+
+@contextmanager
+def _alone(folder: Path, name: str) -> Iterator[None]:
+    """Be the only import into this folder, rid of what imports that were cut have left. Raises RefusedError, StateError."""
+    try:
+        durable.make_dir(folder)
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise StateError(f"{folder}: {error.strerror or error}") from error
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        for left in folder.glob(f".{name}.*.building"):
+            left.unlink()
+        yield
+    except BlockingIOError as error:
+        raise RefusedError("another import is under way") from error
+    finally:
+        os.close(fd)
 
 
 def _is_good(store: LogStore, period: Period) -> bool:

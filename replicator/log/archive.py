@@ -55,8 +55,10 @@ class Archive:
         return self.folder / (period.label + SUFFIX)
 
     @contextmanager
-    def open(self, period: Period) -> Iterator[Segment]:
-        """A sealed period's segment. Raises SegmentAwayError, SegmentDamagedError, also for what is found inside."""
+    def open(self, period: Period, *, whatever: bool = False) -> Iterator[Segment]:
+        """A sealed period's segment; ``whatever`` it holds, for who finds that out. Raises SegmentAwayError,
+        SegmentDamagedError, also for what is found inside.
+        """
         path = self.path(period)
         if not path.exists():
             raise SegmentAwayError(
@@ -65,6 +67,12 @@ class Archive:
             )
         try:
             with Segment.open(path) as segment:
+                info = segment.info
+                held = info.first, info.last, info.root
+                if not whatever and held != (period.first, period.last, period.root):
+                    raise SegmentError(
+                        0, f"it holds events {info.first} to {info.last} of another log or period"
+                    )
                 yield segment
         except SegmentError as error:
             raise SegmentDamagedError(
@@ -121,6 +129,7 @@ def _kept(period: Period, ends: Ends, first: int, last: int) -> list[bytes] | No
     for begin, leaves in (
         (period.first, ends.lead),
         (period.last + 1 - len(ends.tail) // HASH_BYTES, ends.tail),
+        *ends.blocks.items(),
     ):
         cut = leaves[(first - begin) * HASH_BYTES : (last + 1 - begin) * HASH_BYTES]
         if first >= begin and len(cut) == (last + 1 - first) * HASH_BYTES:
@@ -203,4 +212,11 @@ class WholeRecorder(LMDBApplicationRecorder):
         return leaves
 
 
-__all__ = ["Archive", "SegmentAwayError", "SegmentDamagedError", "WholeRecorder"]
+__all__ = [
+    "FOLDER",
+    "SUFFIX",
+    "Archive",
+    "SegmentAwayError",
+    "SegmentDamagedError",
+    "WholeRecorder",
+]

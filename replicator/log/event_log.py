@@ -8,6 +8,7 @@ read it. If saving fails, the VM is read again from the log.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -28,7 +29,7 @@ from eventstore.projections import Projection, Projections, list_projections
 from replicator.domain.vm import ProtectedVm
 from replicator.errors import RefusedError, ReplicatorError
 from replicator.log import past, peers, periods, sealing, states
-from replicator.log.heads import SignedHead, ensure_key, signed_head
+from replicator.log.heads import SignedHead, check_begun, ensure_key, signed_head
 from replicator.log.peers import Peer
 from replicator.log.periods import Period
 from replicator.log.store import LogStore, fold_stream
@@ -48,6 +49,8 @@ POLL_S = 1.0
 #: How long events are gathered before they are taken into what is kept beside the log: a commit of its own for each of them
 #: would double what is written. Seconds.
 GATHER_S = 1.0
+#: How long a period may stay closed and unsealed before it is told.
+UNSEALED_US_MAX = 600_000_000
 
 
 def parked(store: LogStore) -> list[str]:
@@ -59,6 +62,16 @@ def parked(store: LogStore) -> list[str]:
         f" (replctl projections resume {state.name})"
         for state in list_projections(store.recorder)
         if state.state == "parked"
+    ]
+
+
+def unsealed(store: LogStore, now_us: int) -> list[str]:
+    """The closed periods that should have been sealed long since. Blocks."""
+    cut = periods.load(store.periods)
+    return [
+        f"the log's period {period.label} is closed and cannot be sealed: the log of who writes it says why"
+        for period, following in itertools.pairwise(cut)
+        if period.segment is None and now_us - following.opened_at_us > UNSEALED_US_MAX
     ]
 
 
@@ -187,6 +200,8 @@ class EventLog:
     async def warnings(self) -> list[str]:
         """What an operator should look at in the log itself, one line each."""
         found = await self._lane.read(parked, self.store)
+        if self._keeper is None:  # read only: whoever writes keeps why to itself
+            found += await self._lane.read(unsealed, self.store, self._clock())
         for name in self._projections:
             if (error := self.projections.store_error(name)) is not None:
                 found.append(f"the projection {name} waits for the log: {error}")
@@ -370,6 +385,8 @@ async def open_log(
 
     ``kept``: the projections beside it, PROJECTIONS unless given; a read-only log keeps none up to date.
     """
+    if not readonly:
+        await trio.to_thread.run_sync(check_begun, folder)
     store = await trio.to_thread.run_sync(lambda: LogStore.open(folder, readonly=readonly))
     try:
         # The outer nursery only makes one error of the lane's group; the inner one ends before the lane does.

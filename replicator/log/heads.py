@@ -17,6 +17,7 @@ from eventstore.checkpoint import Checkpoint, CheckpointError, CheckpointKey, si
 from eventstore.tree import Leaves, TreeLog
 from replicator import durable
 from replicator.errors import StateError
+from replicator.log.archive import FOLDER, SUFFIX
 from replicator.log.store import LogStore
 
 if TYPE_CHECKING:
@@ -35,6 +36,21 @@ class SignedHead:
     text: str
     since: int
     proof: tuple[bytes, ...]
+
+
+def check_begun(folder: Path) -> None:
+    """Raise StateError where a log has been and is gone: a new one in its place would hide that. Blocks."""
+    data = folder / "data.mdb"
+    try:
+        gone = not data.exists() or data.stat().st_size == 0
+        left = (folder / KEY).exists() or any((folder / FOLDER).glob(f"*{SUFFIX}"))
+    except OSError as error:
+        raise StateError(f"{folder}: {error.strerror}") from error
+    if gone and left:
+        raise StateError(
+            f"the log in {folder} is gone, but its key or its segments are there: put data.mdb back from a copy,"
+            f" or move {folder} away to begin a new log"
+        )
 
 
 def ensure_key(folder: Path, events: int) -> CheckpointKey:

@@ -22,6 +22,8 @@ from replicator.log.store import Fold, LogStore
 T = TypeVar("T")
 #: Events read in one transaction.
 _PAGE = 500
+#: Openings are recorded before their period's own time, by moments.
+_EARLY_US = 3_600_000_000
 #: How often the beginning of the log may move away under the reader.
 _TRIES = 5
 
@@ -73,23 +75,21 @@ def _page(
 ) -> tuple[list[Any], bool]:
     if wanted.forward:
         first = _first_period(store, cut, vm, wanted)
-        events = _forward(store, cut[first:], vm)
+        # A period that began later has nothing of it; within one a clock that was set back may have put times in any order.
+        until_us = wanted.until_us
+        ahead = [
+            p for p in cut[first:] if until_us is None or p.opened_at_us - _EARLY_US <= until_us
+        ]
+        events = _forward(store, ahead, vm)
     else:
         events = _backward(store, cut, vm, min(_PAGE, wanted.limit + 1))
     found: list[Any] = []
     for event in events:
-        if _beyond(event, wanted):
-            break
         if wanted.holds(event):
             if len(found) == wanted.limit:
                 return (found if wanted.forward else found[::-1]), True
             found.append(event)
     return (found if wanted.forward else found[::-1]), False
-
-
-def _beyond(event: Any, wanted: Wanted) -> bool:
-    """Whether nothing that is wanted follows."""
-    return wanted.forward and wanted.until_us is not None and event_time_us(event) > wanted.until_us
 
 
 def _first_period(store: LogStore, cut: Sequence[Period], vm: UUID, wanted: Wanted) -> int:

@@ -50,6 +50,7 @@ def load(journal: Journal, vm: str) -> Peer | None:
     try:
         peer = msgspec.msgpack.decode(row, type=Peer)
         _seen(peer)
+        signed_size(peer)
         return peer
     except (msgspec.MsgspecError, CheckpointError) as error:
         raise DamageError(f"what is kept of the other side's log ({vm}): {error}") from error
@@ -58,6 +59,13 @@ def load(journal: Journal, vm: str) -> Peer | None:
 def seen_size(peer: Peer | None) -> int:
     """How many events of the other log were seen; 0 if none was."""
     return 0 if peer is None else _seen(peer).size
+
+
+def signed_size(peer: Peer | None) -> int:
+    """How many events of our log the other side has signed the head of; 0 if none."""
+    if peer is None or peer.ours is None:
+        return 0
+    return open_checkpoint(peer.ours, [VerifierKey.parse(peer.key)]).size
 
 
 def _seen(peer: Peer) -> Checkpoint:
@@ -98,4 +106,12 @@ def take_signed(peer: Peer, sent: str, signed: str, own: VerifierKey) -> Peer:
     return msgspec.structs.replace(peer, ours=signed)
 
 
-__all__ = ["Peer", "PeerBrokenError", "load", "seen_size", "take_head", "take_signed"]
+__all__ = [
+    "Peer",
+    "PeerBrokenError",
+    "load",
+    "seen_size",
+    "signed_size",
+    "take_head",
+    "take_signed",
+]

@@ -29,7 +29,8 @@ _ENDS = "ends/"
 class Period(msgspec.Struct, frozen=True, array_like=True):
     """One period. ``first`` and ``last`` are numbers of events in the log; ``last`` is 0 while it is open.
 
-    ``segment`` is the file that it was sealed into; ``dropped``: its rows are gone from the live log.
+    ``segment`` is the file that it was sealed into, ``root`` the tree's after its last event then; ``dropped``: its rows are
+    gone from the live log.
     """
 
     number: int
@@ -37,6 +38,7 @@ class Period(msgspec.Struct, frozen=True, array_like=True):
     first: int
     last: int = 0
     segment: str | None = None
+    root: bytes = b""
     dropped: bool = False
 
     @property
@@ -54,11 +56,13 @@ class Period(msgspec.Struct, frozen=True, array_like=True):
 
 class Ends(msgspec.Struct, frozen=True, array_like=True):
     """The tree's leaves at the two ends of a sealed period, where a block of the tree has events of its neighbours too: so
-    that these can be proven while the segment is away.
+    that these can be proven while the segment is away. And what proofs since a head need that was seen in its middle.
     """
 
     lead: bytes = b""
     tail: bytes = b""
+    #: Whole blocks, by the first event that is kept of them: of heads that other sides have seen last.
+    blocks: dict[int, bytes] = {}
 
 
 def _month(time_us: int) -> str:

@@ -38,7 +38,7 @@ from replicator.domain.views import instant
 from replicator.domain.vm import event_kind, event_time_us
 from replicator.errors import DamageError, RefusedError, UsageError
 from replicator.log.archive import SegmentAwayError
-from replicator.log.heads import signed_head
+from replicator.log.heads import load_key, signed_head
 from replicator.log.peers import Peer
 from replicator.log.peers import load as load_peer
 from replicator.log.periods import Period
@@ -59,10 +59,14 @@ Report = Callable[[int, int], None]
 
 @dataclass(slots=True)
 class Checked:
-    """What was found to be right. ``away``: segments that are not here and were not looked at."""
+    """What was found to be right. ``away``: segments that are not here and were not looked at.
+
+    ``events`` are all that the log has had, ``read`` those that were looked at.
+    """
 
     events: int
     root: bytes
+    read: int = 0
     segments: list[str] = field(default_factory=list)
     away: list[str] = field(default_factory=list)
     #: Heads of this log that the other side has signed, and that this log continues.
@@ -99,7 +103,7 @@ def _check_segment(store: LogStore, period: Period, checked: Checked) -> None:
             )
         checked.away.append(path.name)
         return
-    with store.archive.open(period) as segment:
+    with store.archive.open(period, whatever=True) as segment:
         segment.verify()
         info = segment.info
         if (info.first, info.last) != (period.first, period.last):
@@ -109,6 +113,7 @@ def _check_segment(store: LogStore, period: Period, checked: Checked) -> None:
                 f"{path.name} is not what this log sealed: {_blamed(store, period, segment)}"
             )
     checked.segments.append(path.name)
+    checked.read += period.last + 1 - period.first
 
 
 def _blamed(store: LogStore, period: Period, segment: Segment) -> str:
@@ -145,13 +150,15 @@ def _check_live(store: LogStore, floor: int, checked: Checked, report: Report) -
         frontier, going, size = store.read_tree(stride)
         report(frontier.size, size)
     checked.events, checked.root = frontier.size, frontier.root()
+    checked.read += frontier.size - floor
 
 
 def _check_signed(store: LogStore, checked: Checked) -> None:
     rows = store.peers.items()
+    own = load_key(store.folder).verifier
     size = store.head()  # as of now: another may have been signed while records were read
     for vm, row in rows:
-        signer, seen = _signed(vm, row)
+        signer, seen = _signed(vm, row, own)
         if seen is None:
             continue
         if seen.size > size:
@@ -170,12 +177,12 @@ def _check_signed(store: LogStore, checked: Checked) -> None:
         checked.signed_heads += 1
 
 
-def _signed(vm: str, row: bytes) -> tuple[str, Checkpoint | None]:
-    """Who the other side is, and the head of this log that it has signed. Raises DamageError."""
+def _signed(vm: str, row: bytes, own: VerifierKey) -> tuple[str, Checkpoint | None]:
+    """Who the other side is, and the head of this log that it has signed. Raises DamageError, also for that of another log."""
     try:
         peer = msgspec.msgpack.decode(row, type=Peer)
         signer = VerifierKey.parse(peer.key)
-        seen = None if peer.ours is None else open_checkpoint(peer.ours, [signer])
+        seen = None if peer.ours is None else open_checkpoint(peer.ours, [own, signer])
     except (msgspec.MsgspecError, CheckpointError) as error:
         raise DamageError(f"the head that the other side signed (VM {vm}): {error}") from error
     return signer.name, seen

@@ -15,10 +15,11 @@ import trio
 
 from eventstore.checkpoint import Checkpoint, CheckpointKey, sign
 from eventstore.records import originator_key
-from eventstore.segments import CanonicalParts, Segment, write_segment
+from eventstore.segments import CanonicalParts, Segment, SegmentError, write_segment
 from eventstore.tree import BLOCK_LEAVES, Leaves, TreeLog
 from replicator import durable
 from replicator.errors import DamageError
+from replicator.log import peers
 from replicator.log.periods import Ends, Period
 from replicator.log.store import LogStore
 
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 #: Rows that go in one transaction.
 DROP_ROWS = 2000
+#: Blocks kept of heads that were seen: 8 KiB each, in a row of at most 1 MiB. Many sides have seen the same.
+SEEN_BLOCKS_MAX = 100
 
 
 def seal(store: LogStore, key: CheckpointKey, period: Period) -> tuple[Period, Ends]:
@@ -39,10 +42,14 @@ def seal(store: LogStore, key: CheckpointKey, period: Period) -> tuple[Period, E
     path = store.archive.path(period)
     root = store.root_at(period.last)
     if path.exists():  # from before a crash: its row was not written any more
-        with Segment.open(path) as segment:
-            segment.verify()
-            if (segment.info.first, segment.info.root) != (period.first, root):
-                raise DamageError(f"{path} is there, and is not what this log would seal")
+        try:
+            with Segment.open(path) as segment:
+                segment.verify()
+                good = (segment.info.first, segment.info.root) == (period.first, root)
+        except SegmentError as error:
+            raise DamageError(f"{path} is in the way: {error}") from error
+        if not good:
+            raise DamageError(f"{path} is there, and is not what this log would seal")
     else:
         durable.make_dir(store.archive.folder)
         before = store.read_tree(
@@ -60,7 +67,7 @@ def seal(store: LogStore, key: CheckpointKey, period: Period) -> tuple[Period, E
             records=_records(store, period),
             root=root,
         )
-    return msgspec.structs.replace(period, segment=path.name), _ends(store, period)
+    return msgspec.structs.replace(period, segment=path.name, root=root), _ends(store, period)
 
 
 def _ends(store: LogStore, period: Period) -> Ends:
@@ -72,9 +79,24 @@ def _ends(store: LogStore, period: Period) -> Ends:
         hashes = store.recorder.leaf_hashes
         lead = hashes(txn, period.first, lead_end + 1 - period.first)
         tail = hashes(txn, tail_first, period.last + 1 - tail_first)
-        return Ends(b"".join(lead), b"".join(tail))
+        blocks = {
+            first: b"".join(hashes(txn, first, BLOCK_LEAVES))
+            for first in _seen_blocks(store, lead_end + 1, tail_first - 1)
+        }
+        return Ends(b"".join(lead), b"".join(tail), blocks)
 
     return store.read_tree(read)
+
+
+def _seen_blocks(store: LogStore, first: int, last: int) -> list[int]:
+    """The first events of the tree's whole blocks within these in which a head ends that another side has signed."""
+    found = set()
+    for vm, *_ in store.peers.items():
+        size = peers.signed_size(peers.load(store.peers, vm))
+        begin = (size - 1) // BLOCK_LEAVES * BLOCK_LEAVES + 1
+        if size and first <= begin and begin + BLOCK_LEAVES - 1 <= last:
+            found.add(begin)
+    return sorted(found)[-SEEN_BLOCKS_MAX:]
 
 
 def _records(store: LogStore, period: Period) -> Iterator[CanonicalParts]:

@@ -440,7 +440,7 @@ class Pusher:
                 m.FinalDisk(disk.root, job.spool.writer.root)
                 for disk, job in zip(disks, jobs, strict=True)
             ),
-            duration_us=time.time_ns() // 1000 - entry.started_us,
+            duration_us=_since_us(entry.started_us),
         )
 
     # After the receiver's commit
@@ -460,7 +460,7 @@ class Pusher:
             epoch=entry.epoch,
             taken_at_us=entry.taken_at_us,
             committed_at_us=answer.committed_at_us,
-            duration_us=time.time_ns() // 1000 - entry.started_us,
+            duration_us=_since_us(entry.started_us),
             bytes_pushed=answer.bytes_pushed,
             root=root,
             disks=tuple(disks),
@@ -514,6 +514,11 @@ class Pusher:
         await self._source.abandon(entry.snapshot)
         await journal.settle(self._log, self._vm.vm)
         await trio.to_thread.run_sync(self._files.end, entry)
+
+
+def _since_us(started_us: int) -> int:
+    """How long it took, by the wall clock, which may have been set back meanwhile."""
+    return max(0, time.time_ns() // 1000 - started_us)
 
 
 async def _tracks(extents: AsyncGenerator[Extent, None]) -> bool:

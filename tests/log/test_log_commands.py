@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import base64
 import errno
+import fcntl
 import json
 import os
 import random
@@ -121,6 +122,7 @@ def test_verify(source: Source) -> None:
         "root": root,
         "segments": [FIRST, SECOND],
         "away": [],
+        "read": EVENTS,
         "signed_heads": 0,
     }
     done = source("log", "verify")
@@ -197,6 +199,14 @@ def test_head(source: Source) -> None:
     assert head["head"].splitlines()[:3] == [key.partition("+")[0], str(EVENTS), root]
     done = source("log", "head")
     assert done.out == f"key of this log: {key}\n\n{done.out.partition(chr(10) * 2)[2]}"
+
+
+def test_a_log_that_is_gone_is_not_begun_anew(source: Source) -> None:
+    (source.log / "data.mdb").write_bytes(b"")
+    source.fails(1, "is gone, but its key or its segments are there", "log", "seal")
+    (source.log / "data.mdb").unlink()
+    source.fails(1, "is gone, but its key or its segments are there", "log", "accept", "web")
+    assert not (source.log / "data.mdb").exists()
 
 
 def test_usage(source: Source) -> None:
@@ -433,16 +443,16 @@ def test_a_good_copy_takes_the_place_of_a_damaged_segment(source: Source) -> Non
 
 def test_an_export_never_replaces_a_file(source: Source) -> None:
     target = source.folder / "there"
-    for name in ("there", "there.building"):
-        (source.folder / name).write_text("precious")
-        before = source.files()
-        code, said = (
-            (3, "exists already") if name == "there" else (1, "there.building: File exists")
-        )
-        source.fails(code, said, "log", "export", 1, "--to", target, "--move")
-        assert source.files() == before
-        assert (source.folder / name).read_text() == "precious"
-        (source.folder / name).unlink()
+    target.write_text("precious")
+    before = source.files()
+    source.fails(3, "exists already", "log", "export", 1, "--to", target, "--move")
+    assert source.files() == before
+    target.unlink()
+    # What one that was killed has left is in nobody's way.
+    left = source.folder / ".there.1.building"
+    left.write_text("half")
+    assert source("log", "export", 1, "--to", target).code == 0
+    assert left.read_text() == "half"
 
 
 @pytest.mark.parametrize("target", ["none/x", "replicator.conf/x", "x" * 300, "none/x.jsonl"])
@@ -511,7 +521,13 @@ def test_an_import_to_a_full_disk_leaves_nothing(
         source.fails(1, "No space left on device", "log", "import", away)
     assert source.files() == before
     # What a crash left is no obstacle.
-    (source.log / "segments" / f"{FIRST}.building").write_text("half")
+    (source.log / "segments" / f".{FIRST}.1.building").write_text("half")
+    fd = os.open(source.log / "segments", os.O_RDONLY)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        source.fails(3, "another import is under way", "log", "import", away)
+    finally:
+        os.close(fd)
     assert source("log", "import", away).code == 0
     assert sorted(os.listdir(source.log / "segments")) == [FIRST, SECOND]
 
@@ -532,9 +548,13 @@ def test_export_of_a_damaged_segment(source: Source) -> None:
     source.fails(1, "segment at byte", "log", "export", 1, "--to", source.folder / "x", "--move")
     shutil.copy(source.log / "segments" / SECOND, path)
     before = source.files()
-    source.fails(1, f"{FIRST} is not what this log sealed", "log", "export", 1, "--to",
-                 source.folder / "x", "--move")  # fmt: skip
+    said = f"{FIRST}, events 1 to 7: segment at byte 0: it holds events 8 to 21 of another"
+    source.fails(1, said, "log", "export", 1, "--to", source.folder / "x", "--move")
     assert source.files() == before
+    # Whatever reads it says so, instead of finding nothing in it.
+    source.fails(1, said, "history", "web", "--since-id", 0)
+    source.fails(1, said, "log", "prove", 3)
+    source.fails(1, said, "status", "--at", "2026-01-20T00:00:05Z")
 
 
 def test_import_of_what_is_none_of_this_logs(

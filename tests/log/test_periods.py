@@ -414,6 +414,8 @@ async def test_a_segment_that_is_there_and_is_another_is_never_taken_for_it(
         await live(log, WEB, random.Random(9), 9)
         await log.close_period()
         await log.seal()
+    async with open_log(tmp_path, clock=calendar):
+        pass
     (tmp_path / "segments").mkdir()
     forged = tmp_path / "segments" / "000001-2026-01.segment"
     forged.write_bytes((tmp_path / "other" / "segments" / forged.name).read_bytes())
