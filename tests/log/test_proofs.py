@@ -18,16 +18,18 @@ import pytest
 import trio
 
 from eventstore import merkle, records
-from eventstore.checkpoint import Checkpoint, CheckpointKey, cosign, sign
+from eventstore.checkpoint import Checkpoint, CheckpointKey, cosign, open_checkpoint, sign
 from eventstore.environment import LMDBEnvironment
 from eventstore.merkle import Frontier
 from eventstore.segments import CanonicalParts, Segment, write_segment
 from eventstore.tree import _HEAD_KEY, _NODE_KEY, _sealed
 from replicator import durable
 from replicator.errors import DamageError, RefusedError, StateError, UsageError
-from replicator.log import heads, open_log, proofs
+from replicator.log import EventLog, heads, open_log, proofs
+from replicator.log.archive import SegmentAwayError
 from replicator.log.heads import load_key
 from replicator.log.peers import Peer, take_head, take_signed
+from replicator.log.periods import Period
 from tests.log.support import (
     WEB,
     Calendar,
@@ -670,6 +672,41 @@ def test_a_proof_with_wrong_kinds_of_values(given: tuple[dict[str, Any], dict[st
         for name in proof:
             with pytest.raises(UsageError, match="this is no proof"):
                 check({key: value for key, value in proof.items() if key != name})
+
+
+async def test_what_another_side_has_seen_can_be_continued_while_its_segment_is_away(
+    tmp_path: Path, calendar: Calendar
+) -> None:
+    """A VM that paused for a month: the head that was seen last lies in the middle of a segment."""
+    folder = tmp_path / "log"
+    async with open_log(folder, clock=calendar) as log:
+        await log.register(WEB, "web", "receiver")
+        await live(log, WEB, random.Random(5), 900)
+    seen = 600
+    keep_signed(folder, old=seen)
+    async with open_log(folder, clock=calendar) as log:
+        (period,) = await sealed(log)
+        assert (period.first, period.last) == (1, 901)
+        await live(log, WEB, random.Random(6), 3)
+        take_away(log.store.archive.path(period))
+        head = await log.head(seen)
+        assert head.proof
+        own = log.key.verifier
+        merkle.verify_consistency(
+            seen,
+            log.store.root_at(seen),
+            head.size,
+            open_checkpoint(head.text, [own]).root,
+            head.proof,
+        )
+        with pytest.raises(SegmentAwayError):
+            await log.head(300)  # which nobody has seen
+
+
+async def sealed(log: EventLog) -> list[Period]:
+    await log.close_period()
+    await log.seal()
+    return log.store.archive.sealed()
 
 
 # The key

@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import random
 import shutil
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -180,6 +182,17 @@ async def test_a_line_that_never_was_is_not_tried_again(tmp_path: Path, cut: Cut
         assert len(line.passed) == 1
         assert not files_of(sx.config.work_path)
         assert not rx.log.vms
+
+
+async def test_a_push_is_committed_though_the_clock_is_set_back_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = itertools.count(1_700_000_000_000_000_000, -3_600_000_000_000)
+    async with pair(tmp_path) as (rx, _, sx):
+        monkeypatch.setattr(pusher, "time", SimpleNamespace(time_ns=lambda: next(clock)))
+        outcome = await sx.push(Want.SEED)
+        assert outcome.point.duration_us == 0
+        await same_on_both_sides(rx, sx, 1)
 
 
 async def test_a_cut_between_commit_and_answer(
