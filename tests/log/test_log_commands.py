@@ -51,17 +51,6 @@ FIRST, SECOND = "000001-2026-01.segment", "000002-2026-02.segment"
 EVENTS, OPEN_FIRST = 42, 22
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A log of three months, two of them sealed."""
-    folder = tmp_path_factory.mktemp("made") / "log"
-    with pytest.MonkeyPatch.context() as patch:
-        calendar = Calendar()
-        calendar.install(patch)
-        trio.run(three_months, folder, calendar)
-    return folder
-
-
 def complaints(done: Done) -> list[str]:
     """What was said beside the answer, but for what the log tells of its work."""
     return [line for line in done.err.splitlines() if " INFO " not in line]

@@ -32,7 +32,6 @@ from tests.log.support import (
     balances,
     caught_up,
     check_log,
-    copy_log,
     events_by_vm,
     events_of,
     folded,
@@ -43,22 +42,6 @@ from tests.log.support import (
 
 VMS = (WEB, DB, MAIL)
 FIRST, SECOND = "000001-2026-01.segment", "000002-2026-02.segment"
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three months, two of them sealed: ``web`` in all, ``db`` from the second, ``mail`` in the third."""
-    folder = tmp_path_factory.mktemp("made") / "log"
-    with pytest.MonkeyPatch.context() as patch:
-        calendar = Calendar()
-        calendar.install(patch)
-        trio.run(three_months, folder, calendar)
-    return folder
-
-
-@pytest.fixture
-def copied(made: Path, tmp_path: Path) -> Path:
-    return copy_log(made, tmp_path / "log")
 
 
 # Pages

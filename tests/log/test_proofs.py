@@ -34,7 +34,6 @@ from tests.log.support import (
     WEB,
     Calendar,
     caught_up,
-    copy_log,
     live,
     live_rows,
     opened,
@@ -74,12 +73,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     trio.run(make)
     return folder
-
-
-@pytest.fixture
-def copied(made: Path, tmp_path: Path) -> Path:
-    """The same, to be changed."""
-    return copy_log(made, tmp_path / "log")
 
 
 def fault(folder: Path) -> str:

@@ -34,7 +34,6 @@ from tests.log.support import (
     Calendar,
     caught_up,
     check_log,
-    copy_log,
     damage,
     events_of,
     forget_projections,
@@ -43,27 +42,10 @@ from tests.log.support import (
     rebuilt,
     rows,
     states,
-    three_months,
 )
 
 if TYPE_CHECKING:
     from eventstore.environment import Transaction
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three months, two of them sealed."""
-    folder = tmp_path_factory.mktemp("made") / "log"
-    with pytest.MonkeyPatch.context() as patch:
-        calendar = Calendar()
-        calendar.install(patch)
-        trio.run(three_months, folder, calendar)
-    return folder
-
-
-@pytest.fixture
-def copied(made: Path, tmp_path: Path) -> Path:
-    return copy_log(made, tmp_path / "log")
 
 
 def by_hand(store: LogStore) -> dict[str, dict[str, Any]]:

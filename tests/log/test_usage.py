@@ -29,7 +29,6 @@ from tests.log.support import (
     Calendar,
     caught_up,
     clone,
-    copy_log,
     damage,
     events_by_vm,
     events_of,
@@ -38,24 +37,7 @@ from tests.log.support import (
     opened,
     rebuilt,
     rows,
-    three_months,
 )
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three months, two of them sealed."""
-    folder = tmp_path_factory.mktemp("made") / "log"
-    with pytest.MonkeyPatch.context() as patch:
-        calendar = Calendar()
-        calendar.install(patch)
-        trio.run(three_months, folder, calendar)
-    return folder
-
-
-@pytest.fixture
-def copied(made: Path, tmp_path: Path) -> Path:
-    return copy_log(made, tmp_path / "log")
 
 
 def by_hand(store: LogStore) -> dict[str, dict[str, list[int]]]:
