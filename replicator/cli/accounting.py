@@ -12,6 +12,7 @@ from replicator.cli.context import CliContext
 from replicator.cli.logbook import open_store
 from replicator.errors import RefusedError
 from replicator.log import states
+from replicator.log.store import find_vm
 from replicator.log.usage import NAME, Usage, days
 
 
@@ -24,12 +25,7 @@ def usage(context: CliContext, vm: str) -> None:
     VM is a name or UUID.
     """
     with open_store(context.config(), readonly=True) as store:
-        known = states.recall(store).values()
-        found = next((each for each in known if vm in (each.name, each.vm)), None)
-        if found is None:
-            have = ", ".join(sorted(each.name for each in known)) or "none"
-            raise RefusedError(f"no VM {vm!r} here (known: {have})")
-        uuid = found.vm
+        uuid = find_vm(states.recall(store).values(), vm).vm
 
         def read(view: View) -> list[dict[str, Any]]:
             return [_shown(day, sums) for day, sums in days(view, uuid)]

@@ -20,7 +20,7 @@ from replicator.log import past, periods, states
 from replicator.log.archive import SegmentDamagedError
 from replicator.log.event_log import EventLog
 from replicator.log.periods import Period
-from replicator.log.store import LogStore
+from replicator.log.store import LogStore, find_vm
 
 _COPY_BYTES = 1 << 20
 
@@ -210,10 +210,7 @@ def _is_good(store: LogStore, period: Period) -> bool:
 
 def number_of(store: LogStore, name: str, event: int) -> int:
     """The number in the log of a VM's event. Raises RefusedError."""
-    vms = states.recall(store).values()
-    vm = next((vm for vm in vms if name in (vm.name, vm.vm)), None)
-    if vm is None:
-        raise RefusedError(f"no VM {name!r} here")
+    vm = find_vm(states.recall(store).values(), name)
     uuid = UUID(vm.vm)
     found, _ = past.page(store, uuid, past.Wanted(limit=1, after=event - 1))
     if found and found[0].originator_version == event:

@@ -27,12 +27,12 @@ from eventstore.lane import Lane, open_lane
 from eventstore.projection_rows import DATABASE
 from eventstore.projections import Projection, Projections, list_projections
 from replicator.domain.vm import ProtectedVm
-from replicator.errors import RefusedError, ReplicatorError
+from replicator.errors import ReplicatorError
 from replicator.log import past, peers, periods, sealing, states
 from replicator.log.heads import SignedHead, check_begun, ensure_key, signed_head
 from replicator.log.peers import Peer
 from replicator.log.periods import Period
-from replicator.log.store import LogStore, fold_stream
+from replicator.log.store import LogStore, find_vm, fold_stream
 from replicator.log.usage import UsageByDay
 from replicator.nursery import flat_nursery
 
@@ -140,11 +140,7 @@ class EventLog:
 
     def find(self, name: str) -> ProtectedVm:
         """The VM of that name or UUID. Raises RefusedError that lists what there is."""
-        for vm in self.vms:
-            if name in (vm.name, vm.vm):
-                return vm
-        have = ", ".join(vm.name for vm in self.vms) or "none"
-        raise RefusedError(f"no VM {name!r} here (known: {have})")
+        return find_vm(self._vms.values(), name)
 
     async def register(self, vm: UUID, name: str, role: str) -> ProtectedVm:
         """The VM of that UUID, recorded now if it is new."""

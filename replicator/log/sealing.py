@@ -74,15 +74,13 @@ def _ends(store: LogStore, period: Period) -> Ends:
     lead_end = -(-(period.first - 1) // BLOCK_LEAVES) * BLOCK_LEAVES
     lead_end = min(max(lead_end, period.first - 1), period.last)
     tail_first = max(period.last // BLOCK_LEAVES * BLOCK_LEAVES, lead_end) + 1
+    seen = _seen_blocks(store, lead_end + 1, tail_first - 1)
 
     def read(_tree: TreeLog, txn: Transaction, _leaves: Leaves) -> Ends:
         hashes = store.recorder.leaf_hashes
         lead = hashes(txn, period.first, lead_end + 1 - period.first)
         tail = hashes(txn, tail_first, period.last + 1 - tail_first)
-        blocks = {
-            first: b"".join(hashes(txn, first, BLOCK_LEAVES))
-            for first in _seen_blocks(store, lead_end + 1, tail_first - 1)
-        }
+        blocks = {first: b"".join(hashes(txn, first, BLOCK_LEAVES)) for first in seen}
         return Ends(b"".join(lead), b"".join(tail), blocks)
 
     return store.read_tree(read)

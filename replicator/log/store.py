@@ -20,6 +20,7 @@ from eventstore.projector import fold
 from eventstore.tree import Leaves, TreeLog
 from eventstore.types import EventTypes
 from replicator.domain.vm import ProtectedVm
+from replicator.errors import RefusedError
 from replicator.log.archive import Archive, WholeRecorder
 
 if TYPE_CHECKING:
@@ -96,6 +97,16 @@ class LogStore:
         return self.recorder.max_notification_id() or 0
 
 
+def find_vm(vms: Iterable[ProtectedVm], name: str) -> ProtectedVm:
+    """The VM of that name or UUID. Raises RefusedError that lists what there is."""
+    known = sorted(vms, key=lambda vm: (vm.name, vm.vm))
+    for vm in known:
+        if name in (vm.name, vm.vm):
+            return vm
+    have = ", ".join(vm.name for vm in known) or "none"
+    raise RefusedError(f"no VM {name!r} here (known: {have})")
+
+
 def fold_stream(events: Iterable[Any]) -> ProtectedVm | None:
     """One VM from the events of its stream in one period."""
     vm: ProtectedVm | None = fold(None, events)
@@ -120,4 +131,4 @@ class Fold:
         return vm
 
 
-__all__ = ["TYPES", "Fold", "LogStore", "fold_stream"]
+__all__ = ["TYPES", "Fold", "LogStore", "find_vm", "fold_stream"]
