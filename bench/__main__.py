@@ -10,23 +10,39 @@ import os
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import trio
 
 from bench.report import Result
 
-NAMES = ("seed", "cycle", "memory", "eventstore", "month")
+NAMES = ("seed", "cycle", "transport", "memory", "wan", "eventstore", "month")
+PAIRS = 5
 
 
-async def _run(names: list[str], folder: Path, shrink: int | None, pairs: int) -> list[Result]:
-    results = []
-    for name in names:
-        own = folder / name
+async def _run(
+    names: list[str], folder: Path, shrink: int | None, pairs: int | None
+) -> list[Result]:
+    """``NAME/PART``: only a part of a benchmark that has parts."""
+    results = list[Result]()
+    for number, given in enumerate(names):
+        own = folder / str(number)
         own.mkdir()
-        print(f"bench: {name} …", file=sys.stderr)
+        print(f"bench: {given} …", file=sys.stderr)
+        name, _, part = given.partition("/")
         module = importlib.import_module(f"bench.{name}")
-        results.append(await module.run(own, shrink or getattr(module, "SHRINK", 1), pairs))
+        arguments: list[Any] = [own, shrink or getattr(module, "SHRINK", 1)]
+        arguments.append(pairs or getattr(module, "PAIRS", PAIRS))
+        found = await module.run(*arguments, *([part] if part else []))
+        results += found if isinstance(found, list) else [found]
     return results
+
+
+def _is_known(given: str) -> bool:
+    name, slash, part = given.partition("/")
+    if name not in NAMES:
+        return False
+    return not slash or part in getattr(importlib.import_module(f"bench.{name}"), "PARTS", ())
 
 
 def main() -> int:
@@ -34,7 +50,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m bench", description="docs/figures.md says what they measure"
     )
-    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(NAMES))
+    parser.add_argument(
+        "names",
+        nargs="*",
+        metavar="NAME",
+        help=f"{', '.join(NAMES)}; transport/PART for a part of that",
+    )
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
     parser.add_argument(
         "--shrink",
@@ -42,9 +63,15 @@ def main() -> int:
         help="divide disk sizes and numbers of events, to try the benchmarks themselves; month: its length"
         " [default: 1; month: 60]",
     )
-    parser.add_argument("--pairs", type=int, default=5, help="how often each pair is measured")
     parser.add_argument(
-        "--folder", type=Path, help="where to work (about 10 GB); a temporary folder unless given"
+        "--pairs",
+        type=int,
+        help="how often each pair is measured, and each round of transport [default: 5; transport: 3]",
+    )
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        help="where to work (about 30 GB for transport, 10 for the others); a temporary folder unless given",
     )
     parser.add_argument(
         "--large",
@@ -52,8 +79,12 @@ def main() -> int:
         help="eventstore with a million events too: some minutes more",
     )
     given = parser.parse_args()
-    unknown = [name for name in given.names if name not in NAMES]
-    if unknown or (given.shrink is not None and given.shrink < 1) or given.pairs < 1:
+    unknown = [name for name in given.names if not _is_known(name)]
+    if (
+        unknown
+        or (given.shrink is not None and given.shrink < 1)
+        or (given.pairs is not None and given.pairs < 1)
+    ):
         parser.error(f"no benchmark {unknown[0]}" if unknown else "numbers from 1 on")
     with tempfile.TemporaryDirectory(prefix="rb", dir=given.folder) as folder:
         names = given.names or list(NAMES)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,6 +80,31 @@ def _fill(total: int, order: random.Random) -> Iterator[int]:
         total -= length
 
 
+def zeros(path: Path, size: int) -> Image:
+    """Zeros that were written: no hole says that they are none."""
+    return _filled(path, size, 0, bytes)
+
+
+def text(path: Path, size: int) -> Image:
+    """Words: zstd makes about a third of it."""
+    content = Content()
+    return _filled(path, size, size, content.text)
+
+
+def noise(path: Path, size: int) -> Image:
+    """What cannot be compressed, and nowhere comes again."""
+    return _filled(path, size, size, random.Random(3).randbytes)
+
+
+def _filled(path: Path, size: int, data: int, piece: Callable[[int], bytes]) -> Image:
+    with path.open("wb") as file:
+        for _ in range(size // MIB):
+            file.write(piece(MIB))
+        file.write(piece(size % MIB))
+        os.fsync(file.fileno())
+    return Image(path, size, data)
+
+
 def spread(path: Path, size: int, data: int) -> Image:
     """A sparse image with ``data`` bytes, half text and half noise, in runs of 1 MiB spread evenly over all of it."""
     content, count = Content(), data // MIB
@@ -102,4 +127,16 @@ def scattered(size: int, count: int, round_number: int) -> list[int]:
     ]
 
 
-__all__ = ["BLOCK", "GIB", "MIB", "Content", "Image", "mixed", "scattered", "spread"]
+__all__ = [
+    "BLOCK",
+    "GIB",
+    "MIB",
+    "Content",
+    "Image",
+    "mixed",
+    "noise",
+    "scattered",
+    "spread",
+    "text",
+    "zeros",
+]

@@ -25,6 +25,8 @@ class Result:
     ratios: dict[str, tuple[float, float | None]] = field(default_factory=dict)
     floors: dict[str, tuple[float, float]] = field(default_factory=dict)
     columns: Sequence[str] = ()
+    #: Sentences that belong to it.
+    notes: list[str] = field(default_factory=list)
 
     @property
     def good(self) -> bool:
@@ -37,6 +39,8 @@ class Result:
         """For machines."""
         ratios = {name: {"ratio": v, "limit": limit} for name, (v, limit) in self.ratios.items()}
         more: dict[str, Any] = {"columns": list(self.columns)} if self.columns else {}
+        if self.notes:
+            more["notes"] = self.notes
         if self.floors:
             more["floors"] = {
                 name: {"ratio": value, "least": least}
@@ -67,6 +71,7 @@ class Result:
             lines.append(
                 f"  {name:44} {ratio:10.2f}  (at least {least}: {_verdict(ratio >= least)})"
             )
+        lines += [f"  {note}" for note in self.notes]
         return "\n".join(lines)
 
 

@@ -14,9 +14,10 @@ from pathlib import Path
 
 import trio
 
+from bench.contender import free_port
 from bench.images import GIB, MIB, Image, mixed
 from bench.report import Result, paired_ratio
-from bench.site import free_port, site
+from bench.site import site
 
 
 async def run(folder: Path, shrink: int, pairs: int) -> Result:

@@ -15,14 +15,17 @@ import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 
 import trio
 
+from bench.contender import VM, free_port
 from bench.proc import Memory, read_status, watch
 from replicator.cli.control import ControlClient, vm_path
+from replicator.errors import RefusedError
+from replicator.nursery import flat_nursery
 
-VM = "bench"
 _ROOT = Path(__file__).parent.parent
 _START_S = 30
 _STOP_S = 30
@@ -42,12 +45,23 @@ class Pushed:
     memory: Memory
 
 
+@dataclass(frozen=True, slots=True)
+class Requested:
+    """A push on request. ``committed_at_us``: microseconds since the epoch."""
+
+    point: int
+    bytes_pushed: int
+    committed_at_us: int
+
+
 @dataclass(slots=True)
 class Site:
     """Both sides, in ``folder``; see ``site``."""
 
     folder: Path
     receiver: trio.Process
+    #: What pushes on request, if it runs; see ``running``.
+    source: trio.Process | None = None
     receiver_memory: Memory = field(default_factory=Memory)
 
     async def push(self, command: str, *, sample: bool = False) -> Pushed:
@@ -82,14 +96,67 @@ class Site:
         answer = json.loads(output)
         return Pushed(answer["point"], wall_s, answer["duration_s"], answer["bytes_pushed"], memory)
 
-    async def applied(self, point: int) -> None:
-        """Wait until the receiver's replica holds the point."""
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """A source that stays, as `replctl run` does, and pushes when ``request`` asks for it."""
+        command = [sys.executable, "-m", "bench.on_demand", str(self.folder / "source.conf")]
+        self.source = await trio.lowlevel.open_process(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=_ROOT
+        )
+        try:
+            with trio.fail_after(_START_S):
+                await self._answer()
+            yield
+        finally:
+            with trio.CancelScope(shield=True):
+                await _stop(self.source)
+
+    @asynccontextmanager
+    async def protecting(self) -> AsyncIterator[trio.Process]:
+        """`replctl run`, which seeds, and then waits for its next cycle."""
+        command = [sys.executable, "-m", "bench.measured", str(self.folder / "run-peak")]
+        process = await trio.lowlevel.open_process(
+            [*command, "--config", str(self.folder / "source.conf"), "run"], cwd=_ROOT
+        )
+        try:
+            yield process
+        finally:
+            with trio.CancelScope(shield=True):
+                await _stop(process)
+
+    async def request(self) -> Requested:
+        """A seed if there is no point yet, a cycle if there is; returns when the source has settled it."""
+        assert self.source is not None
+        assert self.source.stdin is not None
+        await self.source.stdin.send_all(b"\n")
+        with trio.fail_after(_PUSH_S):
+            return Requested(**await self._answer())
+
+    async def _answer(self) -> dict[str, int]:
+        """One line of JSON from the source."""
+        assert self.source is not None
+        assert self.source.stdout is not None
+        line = b""
+        while not line.endswith(b"\n"):
+            piece = await self.source.stdout.receive_some()
+            if not piece:
+                raise RuntimeError("the source has ended")
+            line += piece
+        answer: dict[str, int] = json.loads(line)
+        return answer
+
+    async def applied(self, point: int) -> int:
+        """Wait until the receiver's replica holds the point. Returns when it did, microseconds since the epoch."""
         client = ControlClient(self.folder / "receiver" / "control.sock")
         with trio.fail_after(_APPLY_S):
             while True:
-                events = (await client.get(vm_path(VM, "history") + "?limit=10000"))["events"]
-                if any(e["kind"] == "delta-applied" and e["point"] == point for e in events):
-                    return
+                try:
+                    answer = await client.get(vm_path(VM, "history") + "?limit=10")
+                except RefusedError:  # nothing has come in yet
+                    answer = {"events": []}
+                for event in answer["events"]:
+                    if event["kind"] == "delta-applied" and event["point"] == point:
+                        return round(datetime.fromisoformat(event["at"]).timestamp() * 1e6)
                 await trio.sleep(_POLL_S)
 
     def receiver_peak(self) -> int:
@@ -98,9 +165,14 @@ class Site:
 
 
 @asynccontextmanager
-async def site(folder: Path, options: Mapping[str, str]) -> AsyncIterator[Site]:
-    """A receiver that runs and a source that is set up with ``options`` (``source = …``); all gone at the end."""
-    await trio.to_thread.run_sync(_set_up, folder, options)
+async def site(
+    folder: Path, options: Mapping[str, str], receiver_options: Mapping[str, str] | None = None
+) -> AsyncIterator[Site]:
+    """A receiver that runs and a source that is set up with ``options`` (``source = …``); all gone at the end.
+
+    They prove themselves by a pre-shared key, unless ``receiver_options`` name a certificate.
+    """
+    await trio.to_thread.run_sync(_set_up, folder, options, receiver_options or {})
     try:
         async with _receiver(folder) as process:
             yield Site(folder, process)
@@ -123,7 +195,7 @@ async def _receiver(folder: Path) -> AsyncIterator[trio.Process]:
             with trio.fail_after(_START_S):
                 while b"READY=1" not in await notices.recv(4096):
                     pass
-            async with trio.open_nursery() as nursery:
+            async with flat_nursery() as nursery:
                 nursery.start_soon(_drain, notices)
                 yield process
                 nursery.cancel_scope.cancel()
@@ -149,12 +221,13 @@ async def _stop(process: trio.Process) -> None:
     await process.wait()
 
 
-def _set_up(folder: Path, options: Mapping[str, str]) -> None:
+def _set_up(folder: Path, options: Mapping[str, str], receiver_options: Mapping[str, str]) -> None:
     folder.mkdir()
-    port, token = free_port(), secrets.token_hex(32)
-    common = {"dr_auth_token": token, "dr_port": str(port), "verbose": "0"}
+    common = {"dr_port": str(free_port()), "verbose": "0"}
+    if "dr_auth_cert" not in receiver_options:
+        common["dr_auth_token"] = secrets.token_hex(32)
     for side, more in (
-        ("receiver", {"dr_listen": "127.0.0.1"}),
+        ("receiver", {"dr_listen": "127.0.0.1", **receiver_options}),
         ("source", {"dr_host": "127.0.0.1", "vm": VM, **options}),
     ):
         state = folder / side
@@ -167,10 +240,4 @@ def _write_config(path: Path, values: Mapping[str, str]) -> None:
     path.write_text("".join(f"{key} = {value}\n" for key, value in values.items()), "utf-8")
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-__all__ = ["VM", "Pushed", "Site", "site"]
+__all__ = ["VM", "Pushed", "Requested", "Site", "site"]

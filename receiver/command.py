@@ -8,7 +8,7 @@ import trio
 
 from receiver.daemon import run_receiver
 from replicator.cli.context import CliContext
-from replicator.config import load_keys
+from replicator.credentials import ReceiverCredentials
 from replicator.errors import UsageError
 from replicator.state_dir import open_state_dir
 
@@ -20,6 +20,6 @@ def receiver(context: CliContext) -> None:
     config = context.config()
     if config.is_source:
         raise UsageError("dr_host: a receiver's configuration names no receiver; remove the key")
-    load_keys(config)  # before anything is touched
+    ReceiverCredentials(config)  # what cannot be read is said before anything is touched
     with open_state_dir(config.state_dir):
         trio.run(run_receiver, config)

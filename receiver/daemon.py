@@ -12,16 +12,19 @@ import trio
 
 from receiver.failover.clone import CloneManager
 from receiver.service.control import ControlApi
-from receiver.service.http import serve_http
 from receiver.service.sessions import PushServer
 from receiver.status.notify import Notifier
 from receiver.store.stores import Stores
 from replicator import __version__, durable
-from replicator.config import Config, load_keys
+from replicator.config import Config
+from replicator.control.metrics import Live, Metrics, start_metrics
+from replicator.control.server import serve_http
+from replicator.credentials import ReceiverCredentials, reload_on_hangup
 from replicator.errors import StateError
 from replicator.log import EventLog, open_log
+from replicator.memory import give_back
 from replicator.nursery import flat_nursery
-from replicator.wire.keys import Keyring
+from replicator.push import rpo
 
 _logger = logging.getLogger(__name__)
 
@@ -36,33 +39,49 @@ async def run_receiver(
 
     Reports started with the port that it listens on. Raises UsageError, StateError, PersistenceError, OSError.
     """
-    keyring = load_keys(config)
+    credentials = ReceiverCredentials(config)
     notifier = Notifier()
     await trio.to_thread.run_sync(_make_dirs, config)
     async with open_log(config.state_dir / "events") as log, flat_nursery() as nursery:
+        await nursery.start(reload_on_hangup, credentials)
         stores = Stores(config, log, nursery)
         await stores.start()
         clones = CloneManager(config, log, stores, nursery)
         await clones.recover()
-        control = ControlApi(log, stores, clones, config.state_dir / "run")
+        metrics = Metrics(log, Live(expires=credentials.expires))
+        rpo_target_s = rpo.target_s(config)
+        control = ControlApi(
+            log,
+            stores,
+            clones,
+            config.state_dir / "run",
+            metrics,
+            warnings=credentials.warnings,
+            rpo_target_s=rpo_target_s,
+        )
         await nursery.start(serve_http, config.control_path, control.handle)
-        port, where = await _listen(config, stores, keyring, nursery)
+        await start_metrics(nursery, config.metrics_address, metrics)
+        port, where = await _listen(config, stores, credentials, nursery)
         _logger.info(
             "replicator backend up (v%s) phase=receiver mode=receiver vm=%s", __version__, config.vm
         )
-        _logger.info("listening on %s, %s", where, _summary(config, len(list(keyring.values()))))
+        _logger.info("listening on %s, %s", where, _summary(config, credentials))
+        credentials.tell()
         notifier.send("READY=1", f"STATUS=listening on port {port}")
         nursery.start_soon(notifier.watch)
+        nursery.start_soon(give_back)
         nursery.start_soon(_tell_status, notifier, log)
+        if rpo_target_s is not None:
+            nursery.start_soon(rpo.watch, log, rpo_target_s)
         nursery.start_soon(_stop_on_signal, nursery.cancel_scope, notifier)
         task_status.started(port)
 
 
 async def _listen(
-    config: Config, stores: Stores, keyring: Keyring, nursery: trio.Nursery
+    config: Config, stores: Stores, credentials: ReceiverCredentials, nursery: trio.Nursery
 ) -> tuple[int, str]:
     """The port, and address and port for people."""
-    server = PushServer(stores, keyring)
+    server = PushServer(stores, credentials, config.dr_timeout)
     try:
         listeners = await trio.open_tcp_listeners(config.dr_port, host=config.dr_listen or None)
     except OSError as error:
@@ -73,12 +92,12 @@ async def _listen(
     return port, f"{config.dr_listen or 'all addresses'}:{port}"
 
 
-def _summary(config: Config, keys: int) -> str:
+def _summary(config: Config, credentials: ReceiverCredentials) -> str:
     """What the receiver was told to do, in a few words."""
     count = config.dr_restore_points
     points = "1 point" if count == 1 else f"{count} points"
     when = "at once" if config.push_apply_remote else "when they leave retention"
-    return f"{keys} {'key' if keys == 1 else 'keys'}, keeps {points}, applies deltas {when}"
+    return f"{credentials.summary()}, keeps {points}, applies deltas {when}"
 
 
 async def _tell_status(notifier: Notifier, log: EventLog) -> None:

@@ -17,23 +17,21 @@ from typing import Annotated, Any, Literal
 import msgspec
 import msgspec.inspect
 
+from replicator import timetable
 from replicator.errors import UsageError
-from replicator.wire.keys import Keyring, PreSharedKey
+from replicator.wire.peers import parse_allow
 
 DEFAULT_PATH = Path("/etc/replicator/replicator.conf")
 _FILE_SIZE_MAX = 1 << 20
+
+#: What dr_compression may be: zstd levels beside auto and off.
+_COMPRESSION = r"auto|off|-[1-7]|[1-9]|1[0-9]"
 
 Port = Annotated[int, msgspec.Meta(ge=1, le=65535)]
 Count = Annotated[int, msgspec.Meta(ge=1, le=1024)]
 Name = Annotated[str, msgspec.Meta(min_length=1, max_length=255)]
 
-#: Keys that would change what an operator relies on, and that this version cannot honour yet.
-_NOT_IN_THIS_VERSION = {
-    "dr_auth_cert": "mTLS on the DR channel",
-    "dr_auth_key": "mTLS on the DR channel",
-    "dr_ca_cert": "mTLS on the DR channel",
-    "max_bandwidth_mbps": "the throttle",
-}
+_MTLS = ("dr_auth_cert", "dr_auth_key", "dr_ca_cert")
 
 
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -82,11 +80,21 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     dr_auth_cert: Path | None = None
     dr_auth_key: Path | None = None
     dr_ca_cert: Path | None = None
+    dr_allow: str = ""
+    dr_cipher: Literal["aes-256-gcm", "none"] = "aes-256-gcm"
+    dr_timeout: Annotated[int, msgspec.Meta(ge=2, le=600)] = 8
+    on_reference_loss: Literal["resync", "seed", "fail"] = "resync"
+    verify_sample_mib: Annotated[int, msgspec.Meta(ge=0, le=4096)] = 64
     dr_restore_points: Annotated[int, msgspec.Meta(ge=1, le=10_000)] = 7
+    dr_compression: str = "auto"
     dr_digest: Literal["xxh3-128", "blake3-256"] = "xxh3-128"
-    max_bandwidth_mbps: Annotated[int, msgspec.Meta(ge=0, le=1_000_000)] = 0
+    max_bandwidth_mbps: Annotated[int, msgspec.Meta(ge=0, le=timetable.RATE_MBPS_MAX)] = 0
+    max_bandwidth_schedule: str = ""
     push_interval: Annotated[int, msgspec.Meta(ge=1, le=31_536_000)] = 300
     push_apply_remote: bool = True
+    rpo_target: Annotated[int, msgspec.Meta(ge=0, le=31_536_000)] = 0
+    held_snapshots_max: Annotated[int, msgspec.Meta(ge=2, le=1000)] = 3
+    held_snapshot_hours: Annotated[int, msgspec.Meta(ge=1, le=8760)] = 48
     # Sources
     source: Literal["nutanix", "qemu", "image"] = "nutanix"
     image_disks: str = ""
@@ -98,6 +106,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     working_dir: Path | None = None
     state_dir: Path = Path("/var/lib/replicator")
     control_socket: Path | None = None
+    metrics_listen: str = ""
     job_cleanup_on_abort: bool = True
 
     def __repr__(self) -> str:
@@ -110,8 +119,13 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
     @property
     def control_path(self) -> Path:
-        """The receiver's control socket."""
+        """The control socket of the process that has this state directory."""
         return self.control_socket or self.state_dir / "control.sock"
+
+    @property
+    def metrics_address(self) -> tuple[str, int] | None:
+        """Host and port of ``metrics_listen``; None if there is none."""
+        return parse_listen(self.metrics_listen)
 
     @property
     def work_path(self) -> Path:
@@ -150,7 +164,7 @@ def load(path: Path) -> Config:
         raise UsageError(f"configuration {path}: not UTF-8 text") from None
     except UsageError as error:
         raise UsageError(f"configuration {path}: {error}") from None
-    holds_secret = bool(values.get("password")) or _is_hex(values.get("dr_auth_token", ""))
+    holds_secret = bool(values.get("password")) or is_key_text(values.get("dr_auth_token", ""))
     if holds_secret:
         check_private(path, mode)
     try:
@@ -191,15 +205,36 @@ def check(values: dict[str, str]) -> Config:
         _, _, where = str(error).partition(" - at `$.")
         key = where.rstrip("`")
         raise UsageError(f"{key}: expected {_allowed(key)}") from None
+    if not re.fullmatch(_COMPRESSION, config.dr_compression):
+        raise UsageError("dr_compression: expected auto, off or a zstd level from -7 to 19")
+    parse_schedule(config.max_bandwidth_schedule)
+    parse_listen(config.metrics_listen)
     for key in ("dr_host", "dr_listen"):
         try:
             getattr(config, key).encode("idna")
         except UnicodeError:
             raise UsageError(f"{key}: expected a host name or an address") from None
-    for key, what in _NOT_IN_THIS_VERSION.items():
-        if getattr(config, key):
-            raise UsageError(f"{key}: this version does not have {what} yet; remove the key")
+    _check_credentials(config)
     return config
+
+
+def _check_credentials(config: Config) -> None:
+    """What is proved on the DR channel must not contradict itself. The files are looked at by ``credentials``."""
+    missing = [key for key in _MTLS if getattr(config, key) is None]
+    if missing and len(missing) < len(_MTLS):
+        raise UsageError(f"{missing[0]}: missing; mTLS takes {', '.join(_MTLS)}, all three")
+    parse_allow(config.dr_allow)
+    if config.dr_allow and config.is_source:
+        raise UsageError("dr_allow: belongs on the receiver; remove it here")
+    if config.dr_allow and missing:
+        raise UsageError(f"dr_allow: says what certificates may push; set {', '.join(_MTLS)} too")
+    if config.is_source and not missing:
+        if config.dr_auth_token:
+            raise UsageError(
+                "dr_auth_token: contradicts dr_auth_cert; a source proves a key or a certificate"
+            )
+        if config.dr_cipher == "none":
+            raise UsageError("dr_cipher: none contradicts dr_auth_cert; TLS always encrypts")
 
 
 def _allowed(key: str) -> str:
@@ -250,6 +285,31 @@ def parse_image_disks(text: str) -> dict[str, Path]:
     return disks
 
 
+def parse_schedule(text: str) -> timetable.Timetable | None:
+    """``max_bandwidth_schedule``; None if there is none. Raises UsageError."""
+    if not text:
+        return None
+    try:
+        return timetable.parse(text)
+    except UsageError as error:
+        raise UsageError(f"max_bandwidth_schedule: {error}") from None
+
+
+def parse_listen(text: str) -> tuple[str, int] | None:
+    """``metrics_listen``: host and port, of an IPv6 address in brackets; None if there is none. Raises UsageError."""
+    if not text:
+        return None
+    match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.%\w]+)\]|([^][:\s/]+)):([0-9]{1,5})", text)
+    if match is None or not 1 <= int(match[3]) <= 65535:
+        raise UsageError("metrics_listen: expected HOST:PORT, such as 127.0.0.1:9849 or [::1]:9849")
+    host = match[1] or match[2]
+    try:
+        host.encode("idna")
+    except UnicodeError:
+        raise UsageError("metrics_listen: expected a host name or an address") from None
+    return host, int(match[3])
+
+
 def check_private(path: Path, mode: int) -> None:
     """Raise UsageError if others than the owner may read or write a file that holds a secret."""
     if stat.S_IMODE(mode) & 0o077:
@@ -259,48 +319,6 @@ def check_private(path: Path, mode: int) -> None:
         )
 
 
-def _is_hex(token: str) -> bool:
+def is_key_text(token: str) -> bool:
+    """Whether ``dr_auth_token`` is keys themselves, not a path."""
     return bool(token) and not token.startswith("/")
-
-
-def _read_key(path: Path, vm: str | None) -> PreSharedKey:
-    try:
-        with path.open("rb") as file:
-            check_private(path, os.fstat(file.fileno()).st_mode)
-            text = file.read(4096)
-    except OSError as error:
-        raise UsageError(f"dr_auth_token: {path}: {error.strerror}") from None
-    try:
-        return PreSharedKey.from_hex(text.decode("ascii", "replace").strip(), name=path.name, vm=vm)
-    except UsageError as error:
-        raise UsageError(f"dr_auth_token: {path}: {error}") from None
-
-
-def load_keys(config: Config) -> Keyring:
-    """The keys that ``dr_auth_token`` names: the key itself, a file with it, or (receiver) a folder of ``VM.key`` files.
-
-    A key from a folder may push only the VM (UUID or name) that its file is named after. Raises UsageError.
-    """
-    token = config.dr_auth_token
-    if not token:
-        raise UsageError("dr_auth_token: missing; make one with: openssl rand -hex 32")
-    if _is_hex(token):
-        try:
-            return Keyring([PreSharedKey.from_hex(token)])
-        except UsageError as error:
-            raise UsageError(f"dr_auth_token: {error}") from None
-    path = Path(token)
-    if not path.is_dir():
-        return Keyring([_read_key(path, None)])
-    files = sorted(path.glob("*.key"))
-    if not files:
-        raise UsageError(f"dr_auth_token: no *.key file in {path}")
-    return Keyring([_read_key(file, file.stem) for file in files])
-
-
-def load_key(config: Config) -> PreSharedKey:
-    """The one key that a source pushes with. Raises UsageError."""
-    keys = list(load_keys(config).values())
-    if len(keys) != 1:
-        raise UsageError("dr_auth_token: a source pushes with one key; name its file")
-    return keys[0]

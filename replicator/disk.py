@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -50,6 +50,17 @@ class DiskView(Protocol):
     async def read(self, offset: int, length: int) -> bytes:
         """Read exactly ``length`` bytes; the range must lie inside the disk. Cancellable, without
         effect.
+        """
+        ...
+
+
+@runtime_checkable
+class ReadsNow(Protocol):
+    """A view that can also be read by a thread that waits: then reading and encoding a chunk is one step."""
+
+    def read_now(self, offset: int, room: memoryview) -> None:
+        """Fill ``room`` with the disk's bytes from ``offset`` on; the range must lie inside the disk. Blocks; raises what
+        ``DiskView.read`` raises. Many threads may read at once.
         """
         ...
 

@@ -16,12 +16,15 @@ from receiver.store.stores import Stores
 from receiver.store.vm_store import VmStore
 from replicator import durable
 from replicator.config import Config, check
+from replicator.credentials import ReceiverCredentials, SourceCredentials
+from replicator.credentials.watch import Loaded
 from replicator.log import EventLog, open_log
+from replicator.push.link import Link
 from replicator.push.plan import Want
 from replicator.push.pusher import Outcome, Pusher
 from replicator.sources.base import Source
 from replicator.sources.image import ImageSource
-from replicator.wire.keys import Keyring, PreSharedKey
+from replicator.wire.keys import Keyring
 
 TOKEN = "5a" * 32
 GRAIN = 65536
@@ -59,6 +62,17 @@ class ReceiverSite:
                 return await view.read(0, view.size)
 
 
+class _Given(ReceiverCredentials):
+    """A test's own keys."""
+
+    def __init__(self, config: Config, keys: Keyring) -> None:
+        self._given = keys
+        super().__init__(config)
+
+    def _load(self) -> Loaded:
+        return Loaded(self._given, None)
+
+
 @asynccontextmanager
 async def receiver_site(
     folder: Path,
@@ -77,7 +91,8 @@ async def receiver_site(
     async with open_log(folder / "events") as log, trio.open_nursery() as nursery:
         stores = Stores(config, log, nursery)
         await stores.start()
-        server = PushServer(stores, keys or Keyring([PreSharedKey.from_hex(TOKEN)]))
+        credentials = ReceiverCredentials(config) if keys is None else _Given(config, keys)
+        server = PushServer(stores, credentials, config.dr_timeout)
         if listeners is None:
             listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
         port = int(listeners[0].socket.getsockname()[1])
@@ -142,5 +157,5 @@ async def source_site(
     await trio.to_thread.run_sync(durable.make_dir, config.work_path)
     async with open_log(folder / "events") as log:
         source = ImageSource(name, disks, config.work_path, GRAIN)
-        pusher = Pusher(config, log, source, PreSharedKey.from_hex(token))
+        pusher = Pusher(config, log, source, Link(config, SourceCredentials(config)))
         yield SourceSite(config, log, source, pusher, dict(disks))

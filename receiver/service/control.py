@@ -15,14 +15,18 @@ import trio
 
 from receiver.export.point_export import export_disk
 from receiver.failover.clone import CloneManager
-from receiver.service.http import Answer, NotFoundError
 from receiver.store.stores import Stores
 from receiver.store.verify import verify_point
 from receiver.store.vm_store import VmStore
+from replicator.control.metrics import PATH, Metrics
+from replicator.control.server import Answer, NotFoundError
+from replicator.domain.sampling import first_day
 from replicator.domain.views import event_info, point_info, vm_status
 from replicator.errors import UsageError
 from replicator.log import EventLog, Wanted, actions
+from replicator.log.usage import sampling_of
 from replicator.nursery import flat_nursery
+from replicator.push.rpo import forecast_s
 
 _HISTORY_MAX = 10_000
 _PROGRESS_S = 0.2
@@ -33,8 +37,22 @@ Lines = AsyncGenerator[dict[str, Any], None]
 class ControlApi:
     """Answers control requests. Every method may raise an error of the tree, which the client gets in one line."""
 
-    def __init__(self, log: EventLog, stores: Stores, clones: CloneManager, run_dir: Path) -> None:
+    def __init__(
+        self,
+        log: EventLog,
+        stores: Stores,
+        clones: CloneManager,
+        run_dir: Path,
+        metrics: Metrics,
+        *,
+        warnings: Callable[[float], list[str]] = lambda _: [],
+        rpo_target_s: int | None = None,
+    ) -> None:
+        """``warnings``: what status says of this process, at a Unix time; ``rpo_target_s``: how old a newest point may become."""
+        self._rpo_target_s = rpo_target_s
         self._log = log
+        self._common = warnings
+        self._metrics = metrics
         self._stores = stores
         self._clones = clones
         self._run_dir = run_dir
@@ -54,6 +72,10 @@ class ControlApi:
         match [unquote(part) for part in url.path.split("/")[1:]]:
             case ["v1", "status"] if method == "GET":
                 return await self._status(url.query)
+            case [page] if (method, f"/{page}") == ("GET", PATH):
+                return await self._metrics.page()
+            case ["v1", "throttle"]:
+                raise UsageError("the throttle is the source's: run replctl throttle there")
             case ["v1", "log", "seal"] if method == "POST":
                 return await actions.seal(self._log)
             case ["v1", "log", "accept"] if method == "POST":
@@ -71,9 +93,17 @@ class ControlApi:
             at_us = _number(values["at"][0], "at")
             return {"vms": [vm_status(vm, at_us) for vm in await self._log.at(at_us)]}
         now_us = time.time_ns() // 1000
-        common = await self._log.warnings()
+        common = [*await self._log.warnings(), *self._common(now_us / 1_000_000)]
+        recent = await self._log.usage(first_day(now_us))
         vms = [
-            vm_status(store.vm, now_us, [*self._warnings(store), *common])
+            vm_status(
+                store.vm,
+                now_us,
+                [*self._warnings(store), *common],
+                rpo_target_s=self._rpo_target_s,
+                rpo_forecast_s=forecast_s(store.vm.points.values(), None, now_us),
+                sampling=sampling_of(recent, store.vm.vm),
+            )
             for store in self._stores.all
         ]
         for vm, reason in self._stores.unusable:

@@ -6,16 +6,19 @@ from __future__ import annotations
 import errno
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from uuid import UUID
 
 import trio
 from eventsourcing.persistence import PersistenceError
 
+from receiver.service import digests
 from receiver.store.admission import PushRefusedHereError
 from receiver.store.landing import Landing, StreamMismatchError
 from receiver.store.stores import Stores
 from receiver.store.vm_store import VmStore
+from replicator.credentials import ReceiverCredentials
 from replicator.domain.model import Point
 from replicator.errors import (
     AuthenticationError,
@@ -29,23 +32,25 @@ from replicator.errors import (
 from replicator.log.peers import PeerBrokenError, seen_size, take_head, take_signed
 from replicator.nursery import flat_nursery
 from replicator.push.compare import note_broken
+from replicator.push.schedule import beat_s
 from replicator.wire import messages as m
 from replicator.wire.framing import MessageStream
-from replicator.wire.keys import Keyring, PreSharedKey
+from replicator.wire.peers import Peer
 from replicator.wire.session import Phase, Session
-from replicator.wire.stream import AuthenticatedStream, accept_stream
 
 _logger = logging.getLogger(__name__)
 
 HANDSHAKE_S = 15
 #: Connections that have not proved a key yet; one more, and the oldest of them is dropped.
 HANDSHAKES_MAX = 128
-#: Bytes that land before they are made durable and acknowledged.
+#: Bytes that land before they are made durable and acknowledged, while more land.
 ACK_BYTES = 16 << 20
 #: ... or this long after the first of them, so that a slow line is acknowledged too.
-ACK_S = 2.0
-#: The source hears from this side this often, so that a long commit or a slow disk is not taken for a dead line.
-BEAT_S = 15.0
+ACK_S = 1.0
+#: Bytes that land before the source is told so; it is told at once when nothing more is there to be landed.
+LANDED_BYTES = 2 << 20
+#: Bytes of records that a push may have begun and not ended, all its disks together: they are in memory (docs/wire.md, 4.10).
+UNFINISHED_MAX = 128 << 20
 _QUEUE = 4
 _REASON_MAX = 1900
 #: A push refused for one of these can never be committed: what has landed of it goes.
@@ -56,10 +61,22 @@ _NOT_TOLD: frozenset[m.RefusalCode] = frozenset({"wrong-key", "unknown-vm"})
 
 @dataclass(slots=True)
 class _Push:
+    """A push that is landing. ``dirty`` is set when something is there to be made durable, ``full`` when it is enough."""
+
     store: VmStore
     landing: Landing
+    told: list[int]
     unacked: int = 0
-    since: float = 0.0
+    untold: int = 0
+    dirty: trio.Event = field(default_factory=trio.Event)
+    full: trio.Event = field(default_factory=trio.Event)
+
+
+class _End:
+    """The source ended the session in order."""
+
+
+_Item = tuple[int, bytearray | memoryview] | _End | Exception
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,9 +99,15 @@ class _Claim:
 class PushServer:
     """Serves push sessions over accepted connections."""
 
-    def __init__(self, stores: Stores, keyring: Keyring) -> None:
+    def __init__(
+        self, stores: Stores, credentials: ReceiverCredentials, timeout_s: float = 8
+    ) -> None:
+        """``timeout_s``: a source that is not heard of for so many seconds is gone (``dr_timeout``)."""
+        self._timeout_s = timeout_s
+        #: A source hears from this side this often, so that a long commit or a slow disk is not taken for a dead line.
+        self.beat_s = beat_s(timeout_s)
         self._stores = stores
-        self._keyring = keyring
+        self._credentials = credentials
         #: Connections that have not proved a key yet, the oldest first.
         self._strangers: dict[trio.SocketStream, trio.CancelScope] = {}
         self._active: dict[UUID, _Claim] = {}
@@ -102,18 +125,19 @@ class PushServer:
             _logger.debug("a connection was gone before it was looked at: %s", error)
             return
         try:
-            stream = await self._authenticate(transport)
+            accepted = await self._authenticate(transport)
         except AuthenticationError as error:
             _logger.error("%s: %s", host, error)
             return
         except (WireError, trio.BrokenResourceError, OSError) as error:
             _logger.warning("%s: no session: %s", host, error)
             return
-        if stream is None:
+        if accepted is None:
             _logger.warning("%s: dropped before it proved a key: too many such connections", host)
             return
+        stream, peer = accepted
         async with MessageStream(stream, m.LIMITS) as framed:
-            session = _PushSession(self, framed, stream.peer_key)
+            session = _PushSession(self, framed, peer)
             try:
                 await session.run()
             except (WireError, trio.BrokenResourceError, trio.ClosedResourceError) as error:
@@ -123,8 +147,10 @@ class PushServer:
             except Exception:  # a defect that one session meets must not end the others
                 _logger.exception("%s: session failed (%s)", host, session.whose)
 
-    async def _authenticate(self, transport: trio.SocketStream) -> AuthenticatedStream | None:
-        """The session's stream, or None if this connection had to make room.
+    async def _authenticate(
+        self, transport: trio.SocketStream
+    ) -> tuple[trio.abc.Stream, Peer] | None:
+        """The session's stream and who is there, or None if this connection had to make room.
 
         An honest source needs milliseconds: where many wait without a key, the one that has waited longest goes.
         """
@@ -133,20 +159,22 @@ class PushServer:
         scope = self._strangers[transport] = trio.CancelScope()
         try:
             with scope:
-                return await accept_stream(transport, self._keyring, deadline_s=HANDSHAKE_S)
+                return await self._credentials.accept(
+                    transport, deadline_s=HANDSHAKE_S, idle_timeout_s=self._timeout_s
+                )
             return None
         finally:
             self._strangers.pop(transport, None)
 
-    def check_key(self, key: PreSharedKey, vm: UUID, name: str) -> None:
-        """Raise PushRefusedHereError unless this key may push this VM.
+    def check_key(self, peer: Peer, vm: UUID, name: str) -> None:
+        """Raise PushRefusedHereError unless this peer may push this VM.
 
         The name of a VM that is known here is the one that it was seeded with, whatever the source calls it now.
         """
         store = self._stores.get(vm)
         known = store.vm.name if store is not None else name
-        if key.vm is not None and key.vm not in (str(vm), known):
-            raise PushRefusedHereError("wrong-key", f"the key {key.name} may not push VM {name}")
+        if not peer.may_push(str(vm), known):
+            raise PushRefusedHereError("wrong-key", f"{peer.name} may not push VM {name}")
 
     def note_name(self, vm: UUID, name: str) -> None:
         """Say once that the source calls a VM otherwise than it is called here."""
@@ -185,12 +213,14 @@ class PushServer:
 
 
 class _PushSession:
-    def __init__(self, server: PushServer, stream: MessageStream, key: PreSharedKey) -> None:
+    def __init__(self, server: PushServer, stream: MessageStream, peer: Peer) -> None:
         self._server = server
         self._stream = stream
-        self._key = key
+        self._peer = peer
         self._session = Session()
         self._push: _Push | None = None
+        self._opened = trio.Event()  # set when a push is there
+        self._syncing = trio.Lock()  # held while a landing is made durable, or closed
         self._vm: UUID | None = None  # whose state may be told: the key fits
         #: The VM that the session is about, for the log: as it is called here, else as the source calls it.
         self.whose = "no VM yet"
@@ -199,40 +229,55 @@ class _PushSession:
         self._shown: _Shown | None = None
 
     async def run(self) -> None:
-        """Read ahead in one task, act in another, until the source ends the session."""
-        send, receive = trio.open_memory_channel[tuple[int, bytearray]](_QUEUE)
+        """Read ahead in one task, act in another, make durable in a third, until the source ends the session."""
+        send, receive = trio.open_memory_channel[_Item](_QUEUE)
         try:
             with self._scope:
                 async with flat_nursery() as nursery:
                     nursery.start_soon(self._read, send)
                     nursery.start_soon(self._beat)
+                    nursery.start_soon(self._make_durable, send)
                     await self._act(receive)
                     nursery.cancel_scope.cancel()
         finally:
-            self._close_push()
+            if self._push is not None:
+                self._push.landing.close()
             self._release()
 
-    async def _read(self, send: trio.MemorySendChannel[tuple[int, bytearray]]) -> None:
-        # Not ``async with``: while that waits, ``_act`` would end the session as if nothing had happened.
-        with send:
-            while (message := await self._stream.receive()) is not None:
-                await send.send(message)
+    async def _read(self, send: trio.MemorySendChannel[_Item]) -> None:
+        while (message := await self._stream.receive()) is not None:
+            await send.send(message)
+        await send.send(_End())
+
+    async def _make_durable(self, failed: trio.MemorySendChannel[_Item]) -> None:
+        """Acknowledge what has landed, again and again, while more lands. What fails is handed to ``_act``."""
+        while True:
+            if (push := self._push) is None:
+                self._opened = trio.Event()
+                await self._opened.wait()
+                continue
+            await push.dirty.wait()
+            with trio.move_on_after(ACK_S):
+                await push.full.wait()
+            try:
+                await self._acknowledge(push)
+            except (OSError, PersistenceError, ReplicatorError) as error:
+                if isinstance(error, WireError):
+                    raise
+                await failed.send(error)
+                push.dirty, push.full = trio.Event(), trio.Event()
 
     async def _beat(self) -> None:
         while True:
-            await trio.sleep(BEAT_S)
+            await trio.sleep(self._server.beat_s)
             await self._send(m.Pong())
 
-    async def _act(self, receive: trio.MemoryReceiveChannel[tuple[int, bytearray]]) -> None:
-        while True:
-            message = None
-            with trio.move_on_at(self._ack_due()):
-                try:
-                    message = await receive.receive()
-                except trio.EndOfChannel:
-                    return
+    async def _act(self, receive: trio.MemoryReceiveChannel[_Item]) -> None:
+        while not isinstance(item := await receive.receive(), _End):
             try:
-                await self._take(message)
+                if isinstance(item, Exception):
+                    raise item
+                await self._take(item, last=not receive.statistics().current_buffer_used)
             except StreamMismatchError as error:
                 await self._refuse("bad-request", str(error))
             except (WireError, trio.BrokenResourceError, trio.ClosedResourceError):
@@ -240,19 +285,16 @@ class _PushSession:
             except (OSError, PersistenceError, ReplicatorError) as error:
                 await self._refuse(*_refusal(error, self.whose))
 
-    async def _take(self, message: tuple[int, bytearray] | None) -> None:
-        if message is None:
-            await self._acknowledge()
-        elif message[0] == m.DATA:
-            await self._data(m.decode_data(message[1]))
-        elif message[0] == m.CONTROL:
-            await self._control(m.decode_from_source(message[1]))
+    async def _take(self, message: tuple[int, bytearray | memoryview], *, last: bool) -> None:
+        """Act on one message. ``last``: none is waiting behind it."""
+        kind, body = message
+        if kind == m.DATA:
+            await self._data(m.decode_data(body), last=last)
+            self._stream.recycle(body)
+        elif kind == m.CONTROL:
+            await self._control(m.decode_from_source(body))
         else:
-            raise WireError(f"message of kind {message[0]}")
-
-    def _ack_due(self) -> float:
-        push = self._push
-        return push.since + ACK_S if push is not None and push.unacked else float("inf")
+            raise WireError(f"message of kind {kind}")
 
     async def _control(self, message: m.FromSource) -> None:
         late = self._session.phase is Phase.REFUSED
@@ -269,6 +311,16 @@ class _PushSession:
             await self._compare(message)
         elif isinstance(message, m.SourceHead):
             await self._source_head(message)
+        elif isinstance(message, m.Describe):
+            await self._send(await digests.describe(self._known(message)))
+        elif isinstance(message, m.AskPages):
+            for answer in await digests.pages(self._known(message), message):
+                await self._send(answer)
+            await self._send(m.PagesEnd())
+        elif isinstance(message, m.Doubt):
+            store = self._known(message)
+            await digests.doubt(store, message)
+            await self._state(store.uuid)
         elif not late:
             await self._finish(message)
 
@@ -276,9 +328,17 @@ class _PushSession:
         self._vm, asked = None, m.vm_uuid(vm)
         store = self._server.stores.get(asked)
         self.whose = store.vm.name if store is not None else f"{name} (not known here)"
-        self._server.check_key(self._key, asked, name)
+        self._server.check_key(self._peer, asked, name)
         self._vm = asked
         return asked
+
+    def _known(self, message: m.Describe | m.AskPages | m.Doubt) -> VmStore:
+        """The store that a message is about, which the key may push. Raises PushRefusedHereError."""
+        vm = self._check_key(message.vm, message.name)
+        store = self._server.stores.get(vm)
+        if store is None:
+            raise PushRefusedHereError("unknown-vm", f"VM {message.name} is not known here")
+        return store
 
     async def _query(self, query: m.Query) -> None:
         vm = self._check_key(query.vm, query.name)
@@ -295,7 +355,7 @@ class _PushSession:
         await self._send(m.VmState(store.newest(), store.vm.epoch, unfinished))
 
     async def _open(self, opened: m.Open) -> None:
-        self._close_push()
+        await self._close_push()
         vm = self._check_key(opened.vm, opened.name)
         store = await self._server.stores.for_push(vm, opened)
         await self._claim_push(vm, opened.push_id)
@@ -306,55 +366,72 @@ class _PushSession:
             await self._send(_committed(newest))
             return
         landing = await store.open_push(opened)
-        self._push = _Push(store, landing)
+        self._push = _Push(store, landing, list(landing.positions))
+        self._opened.set()
         await self._send(m.Ready(opened.push_id, landing.positions))
 
-    async def _data(self, data: m.Data) -> None:
+    async def _data(self, data: m.Data, *, last: bool) -> None:
         self._session.message(data)
         if self._session.phase is Phase.REFUSED:
             return  # it was on its way when the push was refused
         push = self._push
         if push is None or data.disk >= len(push.landing.disks):
             raise WireError(f"data of disk {data.disk}, which the push does not have")
-        disk = push.landing.disks[data.disk]
+        feed = partial(push.landing.feed, data.disk, data.offset, data.payload, last=last)
         try:
-            await trio.to_thread.run_sync(disk.feed, data.offset, data.payload)
+            await trio.to_thread.run_sync(feed)
         except DamageError as error:
             raise PushRefusedHereError("damaged-stream", str(error)) from error
-        if not push.unacked:
-            push.since = trio.current_time()
+        if push.landing.unfinished > UNFINISHED_MAX:
+            raise PushRefusedHereError("bad-request", "too many records are begun and not ended")
+        push.dirty.set()
         push.unacked += len(data.payload)
         if push.unacked >= ACK_BYTES:
-            await self._acknowledge()
+            push.full.set()
+        push.untold += len(data.payload)
+        if push.untold >= LANDED_BYTES or last:
+            push.untold = 0
+            await self._tell_landed(push)
 
-    async def _acknowledge(self) -> None:
-        push = self._push
-        assert push is not None
-        push.unacked = 0
-        before = [disk.durable for disk in push.landing.disks]
-        positions = await push.store.sync(push.landing)
-        for index, (old, new) in enumerate(zip(before, positions, strict=True)):
-            if new > old:
-                await self._send(m.Ack(index, new))
+    async def _tell_landed(self, push: _Push) -> None:
+        for index, position in enumerate(push.landing.positions):
+            if position > push.told[index]:
+                push.told[index] = position
+                await self._send(m.Landed(index, position))
+
+    async def _acknowledge(self, push: _Push) -> None:
+        async with self._syncing:
+            if self._push is not push:
+                return  # it was committed or closed meanwhile
+            push.unacked = 0
+            push.dirty, push.full = trio.Event(), trio.Event()
+            before = [disk.durable for disk in push.landing.disks]
+            positions = await push.store.sync(push.landing)
+            for index, (old, new) in enumerate(zip(before, positions, strict=True)):
+                if new > old:
+                    await self._send(m.Ack(index, new))
 
     async def _finish(self, finish: m.Finish) -> None:
         push = self._push
         if push is None or push.landing.opened.push_id != finish.push_id:
             raise WireError("the end of a push that was not opened")
-        push.unacked = 0
-        point = await push.store.commit(push.landing, finish, time.time_ns() // 1000)
+        async with self._syncing:
+            point = await push.store.commit(push.landing, finish, time.time_ns() // 1000)
+            self._push = None  # who waits to make more of it durable must not journal it again
+        push.dirty.set()
+        push.full.set()
         _logger.info(
             "DR cycle complete: vm=%s cycle=%d bytes_pushed=%d",
             push.store.vm.name,
             point.number,
             point.bytes_pushed,
         )
-        self._close_push()
+        await self._close_push()
         self._release()
         await self._send(_committed(point))
 
     async def _abandon(self, message: m.Abandon) -> None:
-        self._close_push()
+        await self._close_push()
         vm = self._check_key(message.vm, message.vm)
         store = self._server.stores.get(vm)
         if store is not None and await store.unfinished() == message.push_id:
@@ -399,7 +476,7 @@ class _PushSession:
         """Say no. What has landed stays for another try, except where it can never be committed."""
         _logger.warning("%s: push refused (%s): %s", self.whose, code, reason)
         push = self._push
-        self._close_push()
+        await self._close_push()
         if push is not None and code in _HOPELESS:
             await push.store.drop_push()
         self._release()
@@ -418,10 +495,13 @@ class _PushSession:
             self._release()
         self._claim = (vm, await self._server.claim(vm, push_id, self._scope))
 
-    def _close_push(self) -> None:
-        if self._push is not None:
-            self._push.landing.close()
-            self._push = None
+    async def _close_push(self) -> None:
+        if (push := self._push) is not None:
+            async with self._syncing:
+                push.landing.close()
+                self._push = None
+            push.dirty.set()  # who waits for more of it looks for the next one
+            push.full.set()
 
     def _release(self) -> None:
         if self._claim is not None:

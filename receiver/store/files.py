@@ -37,7 +37,8 @@ def stack_files(vm: ProtectedVm, paths: VmPaths, point: Point, disk: PointDisk) 
         applied = True
         deepest = end = chain_end(vm, disk)
         for number in range(point.number, end + 1):
-            older = vm.points[number].disk(disk.disk)
+            between = vm.points.get(number)  # numbers may be left out
+            older = between.disk(disk.disk) if between is not None else None
             if older is None or older.since != disk.since:
                 continue
             path = paths.reverse(number, older)

@@ -157,8 +157,7 @@ class VmStore:
 
     async def open_push(self, opened: Open) -> Landing:
         """Begin or go on with a push. Raises PushRefusedHereError, WireError, PhcbtError; nothing has changed then."""
-        if not await trio.to_thread.run_sync(maps.heads_good, self.vm, self.paths):
-            await self._mend_heads(thorough=False)
+        await self.ensure_heads()
         async with self._files:
             expected = await trio.to_thread.run_sync(check_push, self.vm, self.paths, opened)
             entry = await self._log.journal_get(self._journal_key)
@@ -180,6 +179,18 @@ class VmStore:
                     landing.close()
                     raise
             return landing
+
+    async def ensure_heads(self, *, thorough: bool = False) -> None:
+        """Have the maps of the newest point, as far as they can be made again. ``thorough`` reads all of them."""
+        good = not thorough and await trio.to_thread.run_sync(maps.heads_good, self.vm, self.paths)
+        if not good:
+            await self._mend_heads(thorough=thorough)
+
+    @asynccontextmanager
+    async def no_commit(self) -> AsyncIterator[None]:
+        """While inside, no push is opened or committed: the maps of the newest point stand still."""
+        async with self._files:
+            yield
 
     async def _mend_heads(self, *, thorough: bool) -> None:
         async with self.still():

@@ -52,6 +52,8 @@ def _shown(day: str, sums: Usage) -> dict[str, Any]:
         "abandoned": sums.abandoned,
         "damages": sums.damages,
         "tests": sums.tests,
+        "sampled": sums.sampled,
+        "missed": sums.missed,
     }
 
 

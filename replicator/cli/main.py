@@ -39,9 +39,11 @@ _COMMANDS = {
     "points": "replicator.cli.showing:points",
     "projections": "replicator.cli.projecting:projections",
     "push": "replicator.cli.pushing:push",
+    "resync": "replicator.cli.resyncing:resync",
     "run": "replicator.cli.pushing:run",
     "seed": "replicator.cli.pushing:seed",
     "status": "replicator.cli.showing:status",
+    "throttle": "replicator.cli.throttling:throttle",
     "usage": "replicator.cli.accounting:usage",
     "verify": "replicator.cli.receiving:verify",
 }
@@ -105,8 +107,8 @@ def _broken(name: str, reason: str) -> click.Command:
 def replctl(ctx: click.Context, config_path: Path, as_json: bool) -> None:
     """Disaster recovery of virtual machine disks.
 
-    On the host of a VM: seed, push, run. On the receiver: receiver, verify, export, failover. On both: status, points,
-    history, usage, log, projections.
+    On the host of a VM: seed, push, resync, run, throttle. On the receiver: receiver, verify, export, failover. On both: status,
+    points, history, usage, log, projections.
     """
     ctx.obj = CliContext(config_path, as_json)
 

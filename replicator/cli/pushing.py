@@ -20,17 +20,25 @@ from replicator.cli.failures import explain
 from replicator.cli.progress import Report, progress
 from replicator.cli.source import make_source
 from replicator.cli.text import duration, one_line, size
-from replicator.config import Config, load_key
+from replicator.config import Config
+from replicator.control.bandwidth import Regulator
+from replicator.control.metrics import Live, Metrics
+from replicator.control.server import check_path
+from replicator.control.source import serve_source
+from replicator.credentials import SourceCredentials, reload_on_hangup
+from replicator.domain.model import PushKind
 from replicator.domain.views import point_info
 from replicator.errors import FencedError, PeerRefusedError, ReplicatorError
 from replicator.log import EventLog, open_log
+from replicator.memory import give_back
 from replicator.nursery import flat_nursery
+from replicator.push import rpo
+from replicator.push.link import Link
 from replicator.push.plan import Want
 from replicator.push.pusher import PATIENCE_S, Outcome, Progress, Pusher
-from replicator.push.schedule import next_start
+from replicator.push.schedule import Pace, next_start
 from replicator.sources.base import Source
 from replicator.state_dir import check_directory, open_state_dir
-from replicator.wire.keys import PreSharedKey
 
 _logger = logging.getLogger(__name__)
 _PHASES = {
@@ -38,6 +46,7 @@ _PHASES = {
     Want.SEED_AGAIN: "F8.1 mode=seed",
     Want.PUSH: "F8.2 mode=bitmap-push",
     Want.RUN: "F8.2 mode=bitmap-push",
+    Want.RESYNC: "F8.2 mode=resync",
 }
 
 
@@ -46,8 +55,11 @@ class Host:
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self.key: PreSharedKey = load_key(config)
+        self.credentials = SourceCredentials(config)
+        self.regulator = Regulator(config)
+        self.link = Link(config, self.credentials, self.regulator.throttle)
         self.source: Source = make_source(config)
+        check_path(config.control_path)
         if config.work_path.parent != config.state_dir:
             check_directory(config.work_path, "working_dir")
 
@@ -59,17 +71,24 @@ class Host:
         patience_s: float = PATIENCE_S,
         report: Callable[[Progress], None] = lambda _: None,
     ) -> AsyncIterator[tuple[Pusher, EventLog]]:
-        """A pusher on this host's log. The state directory is locked by the caller."""
+        """A pusher on this host's log, and the control socket for as long. The state directory is locked by the caller."""
         _logger.info(
             "replicator backend up (v%s) phase=%s vm=%s", __version__, _PHASES[want], self.config.vm
         )
-        async with open_log(self.config.state_dir / "events") as log:
-            yield (
-                Pusher(
-                    self.config, log, self.source, self.key, report=report, patience_s=patience_s
-                ),
-                log,
+        self.credentials.tell()
+        async with open_log(self.config.state_dir / "events") as log, flat_nursery() as nursery:
+            pusher = Pusher(
+                self.config, log, self.source, self.link, report=report, patience_s=patience_s
             )
+            live = Live(
+                throttle_mbps=lambda: self.regulator.throttle.mbps,
+                reconnects=lambda: pusher.reconnects,
+                expires=self.credentials.expires,
+            )
+            metrics = Metrics(log, live)
+            await serve_source(nursery, self.config, self.regulator, metrics)
+            yield pusher, log
+            nursery.cancel_scope.cancel()
 
 
 @click.command()
@@ -117,32 +136,50 @@ def _push_once(context: CliContext, want: Want) -> None:
 
 
 async def _push(host: Host, want: Want, report: Report) -> tuple[Outcome, dict[str, Any]]:
+    async with host.pusher(want, report=telling(report)) as (pusher, log):
+        outcome = await pusher.push(want)
+        return outcome, push_result(log, pusher, outcome)
+
+
+def telling(report: Report) -> Callable[[Progress], None]:
+    """Shows how far a push is."""
+
     def tell(at: Progress) -> None:
         report(at.disk, at.done, at.total)
 
-    async with host.pusher(want, report=tell) as (pusher, log):
-        outcome = await pusher.push(want)
-        point = outcome.point
-        vm = next(
-            vm for vm in log.vms if vm.newest is not None and vm.newest.push_id == point.push_id
-        )
-        return outcome, {
-            "vm": vm.name,
-            "uuid": vm.vm,
-            "kind": str(point.kind),
-            **point_info(vm, point),
-            "duration_s": point.duration_us / 1_000_000,
-            "resumed": outcome.resumed,
-            "resumed_bytes": outcome.resumed_bytes,
-            "reason": outcome.reason,
-        }
+    return tell
+
+
+def push_result(log: EventLog, pusher: Pusher, outcome: Outcome) -> dict[str, Any]:
+    """PushResult."""
+    point = outcome.point
+    vm = next(vm for vm in log.vms if vm.newest is not None and vm.newest.push_id == point.push_id)
+    return {
+        "vm": vm.name,
+        "uuid": vm.vm,
+        "kind": str(point.kind),
+        **point_info(vm, point),
+        "duration_s": point.duration_us / 1_000_000,
+        "resumed": outcome.resumed,
+        "resumed_bytes": outcome.resumed_bytes,
+        "resent_bytes": outcome.resent_bytes,
+        "reconnects": pusher.patience.reconnects,
+        "reason": outcome.reason,
+    }
 
 
 async def _run(host: Host) -> None:
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         async with flat_nursery() as nursery:
             nursery.start_soon(_stop, signals, nursery.cancel_scope)
-            async with host.pusher(Want.RUN, patience_s=float("inf")) as (pusher, _):
+            nursery.start_soon(give_back)
+            await nursery.start(reload_on_hangup, host.credentials)
+            async with (
+                host.pusher(Want.RUN, patience_s=float("inf")) as (pusher, log),
+                flat_nursery() as watches,
+            ):
+                if (target_s := rpo.target_s(host.config)) is not None:
+                    watches.start_soon(rpo.watch, log, target_s)
                 await cycles(pusher.push, host.config.push_interval)
 
 
@@ -152,20 +189,27 @@ async def _stop(signals: AsyncIterator[int], scope: trio.CancelScope) -> None:
         scope.cancel()
 
 
-async def cycles(push_one: Callable[[Want], Awaitable[object]], interval_s: float) -> None:
-    """Push for ever, each cycle planned from the start of the last.
+async def cycles(push_one: Callable[[Want], Awaitable[Outcome | None]], interval_s: float) -> None:
+    """Push for ever, each cycle planned from the start of the last; one that took longer than that is followed at once.
 
     A cycle that fails is logged, and the next one tried at its time. Raises RefusedError when the source is fenced:
     then nothing of it may reach the receiver any more, and going on would only hide that.
     """
+    pace = Pace(interval_s)
     while True:
         started = trio.current_time()
         try:
-            await push_one(Want.RUN)
+            outcome = await push_one(Want.RUN)
         except (ReplicatorError, PersistenceError, OSError) as error:
             if is_fenced(error):
                 raise
             _logger.error("this cycle failed: %s", explain(error).text)
+        else:
+            # A seed takes what it takes: it is not what push_interval is about.
+            if outcome is None or outcome.point.kind is PushKind.CYCLE:
+                ended = trio.current_time()
+                if (line := pace.finished(ended - started, ended)) is not None:
+                    _logger.warning("%s", line)
         due = next_start(started, trio.current_time(), interval_s, random.random())
         await trio.sleep_until(due)
 
@@ -177,4 +221,4 @@ def is_fenced(error: Exception) -> bool:
     return isinstance(error, FencedError)
 
 
-__all__ = ["Host", "cycles", "is_fenced", "push", "run", "seed"]
+__all__ = ["Host", "cycles", "is_fenced", "push", "push_result", "run", "seed", "telling"]

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from replicator.cli.text import duration, one_line, size
+from replicator.domain.sampling import sentence
 
 #: Columns where nobody watches: a row in a file or a pipe is one line.
 _WIDTH = 10_000
@@ -41,7 +42,7 @@ def show_status(vms: Sequence[dict[str, Any]]) -> None:
             if last is None
             else f"{last['kind']}, {size(last['bytes_pushed'])} in {duration(last['duration_s'])}"
         )
-        age = "-" if vm["rpo_age_s"] is None else duration(vm["rpo_age_s"])
+        age = _age(vm)
         newest = "-" if vm["newest_point"] is None else str(vm["newest_point"])
         rows.append(
             [vm["vm"], vm["role"], vm["state"], newest, age, what, str(len(vm["warnings"]) or "")]
@@ -54,6 +55,21 @@ def show_status(vms: Sequence[dict[str, Any]]) -> None:
             _console().print(
                 Text(f"{one_line(vm['vm'])}: {one_line(warning)}", style="yellow"), soft_wrap=True
             )
+        sampled = vm["sampling"]
+        said = sampled and sentence(sampled["sampled"], sampled["missed"])
+        if said:
+            _console().print(Text(f"{one_line(vm['vm'])}: {said}"), soft_wrap=True)
+
+
+def _age(vm: dict[str, Any]) -> str:
+    """RPO age, and what it will come to where that is too much."""
+    if vm["rpo_age_s"] is None:
+        return "-"
+    age = duration(vm["rpo_age_s"])
+    target_s, forecast_s = vm["rpo_target_s"], vm["rpo_forecast_s"]
+    if target_s is None or forecast_s is None or forecast_s <= max(target_s, vm["rpo_age_s"]):
+        return age
+    return f"{age}, to be {duration(forecast_s)}"
 
 
 def show_points(points: Sequence[dict[str, Any]]) -> None:
@@ -106,10 +122,13 @@ def show_usage(days: Sequence[dict[str, Any]]) -> None:
             str(day["abandoned"]),
             str(day["damages"]),
             str(day["tests"]),
+            str(day["sampled"]),
+            str(day["missed"]),
         ]
         for day in days
     ]
     heads = ["day", "seeds", "cycles", "pushed", "busy", "given up", "damages", "tests"]
+    heads += ["sampled", "missed"]
     _table(heads, rows)
 
 

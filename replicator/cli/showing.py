@@ -19,11 +19,13 @@ from replicator.cli.context import CliContext
 from replicator.cli.control import ControlClient, vm_path
 from replicator.cli.text import duration
 from replicator.config import Config
-from replicator.domain.model import Point
+from replicator.domain.sampling import first_day
 from replicator.domain.views import event_info, instant, point_info, vm_status
+from replicator.domain.vm import ProtectedVm
 from replicator.errors import UsageError
 from replicator.log import EventLog, Wanted, open_log
-from replicator.push import trouble
+from replicator.log.usage import sampling_of
+from replicator.push import rpo, trouble
 from replicator.push.trouble import Trouble
 
 _logger = logging.getLogger(__name__)
@@ -163,24 +165,38 @@ async def _status(config: Config, at_us: int | None) -> list[dict[str, Any]]:
             return []
         if at_us is not None:
             return [vm_status(vm, at_us) for vm in await log.at(at_us)]
-        common = await log.warnings()
+        common = await log.warnings() + _certificate_warnings(config, now_us / 1_000_000)
+        recent = await log.usage(first_day(now_us))
+        target_s = rpo.target_s(config)
         return [
             vm_status(
                 vm,
                 now_us,
-                source_warnings(
-                    vm.newest, await trouble.load(log, vm.vm), now_us, config.push_interval
-                )
-                + common,
+                source_warnings(vm, await trouble.load(log, vm.vm), now_us, target_s) + common,
+                rpo_target_s=target_s,
+                rpo_forecast_s=rpo.forecast_s(
+                    await rpo.recent_points(log, vm), config.push_interval, now_us
+                ),
+                sampling=sampling_of(recent, vm.vm),
             )
             for vm in log.vms
         ]
 
 
+def _certificate_warnings(config: Config, now: float) -> list[str]:
+    if config.dr_auth_cert is None:
+        return []
+    from replicator.credentials import expiry_warnings  # noqa: PLC0415 - only where there are certificates
+
+    return expiry_warnings(config, now)
+
+
 def source_warnings(
-    newest: Point | None, failed: Trouble | None, now_us: int, interval_s: int
+    vm: ProtectedVm, failed: Trouble | None, now_us: int, target_s: int | None
 ) -> list[str]:
-    """What a source's status says of protection that has stopped; ``interval_s`` is push_interval."""
+    """What a source's status says of protection that has stopped, other than a breach of ``target_s`` (rpo_target) that `run`
+    has recorded.
+    """
     found = []
     if failed is not None:
         since = instant(failed.since_us)
@@ -189,12 +205,10 @@ def source_warnings(
             if failed.failures == 1
             else f"the last {failed.failures} attempts at a cycle failed, since {since}: {failed.reason}"
         )
-    if newest is not None:
-        age_s = (now_us - newest.taken_at_us) / 1_000_000
-        if age_s > 2 * interval_s:
-            found.append(
-                f"no new recovery point for {duration(age_s)}, push_interval is {interval_s} s"
-            )
+    if vm.newest is not None and vm.breach is None and target_s is not None:
+        age_s = (now_us - vm.newest.taken_at_us) / 1_000_000
+        if age_s > target_s:
+            found.append(f"no new recovery point for {duration(age_s)}, rpo_target is {target_s} s")
     return found
 
 

@@ -54,6 +54,15 @@ class Point(msgspec.Struct, frozen=True, array_like=True):
     bytes_pushed: int
     root: bytes
     disks: tuple[PointDisk, ...]
+    #: Grains that change tracking called unchanged, and that were read all the same and were.
+    sampled: int = 0
+    #: Every disk was read in full for it: nothing rests on change tracking.
+    compared: bool = False
+
+    @property
+    def is_sure(self) -> bool:
+        """Whether it is the source's content whatever change tracking said of it."""
+        return self.compared or self.kind is PushKind.SEED
 
     def disk(self, name: str) -> PointDisk | None:
         """The disk of that name in this point."""
@@ -79,6 +88,26 @@ class TestClone(msgspec.Struct, frozen=True, array_like=True):
     started_at_us: int
 
 
+class Suspicion(msgspec.Struct, frozen=True, array_like=True):
+    """Where change tracking missed a change: the disk, the byte, and the newest point when it was found."""
+
+    disk: str
+    offset: int
+    point: int
+
+
+class RpoBreach(msgspec.Struct, frozen=True, array_like=True):
+    """The newest point was older than the recovery point objective.
+
+    ``age_s``: how old ``point`` was when that was seen; ``began_at_us``: when it came to be older than ``target_s``.
+    """
+
+    point: int
+    age_s: int
+    target_s: int
+    began_at_us: int
+
+
 class Balance(msgspec.Struct, frozen=True, array_like=True):
     """All that the events of a VM have added up to. A period of its log begins with one, so that nothing older is needed."""
 
@@ -100,6 +129,10 @@ class Balance(msgspec.Struct, frozen=True, array_like=True):
     abandoned_point: int
     abandoned_push: str | None
     peer_broken: str | None
+    suspect: Suspicion | None = None
+    doubtful: tuple[int, ...] = ()
+    breach: RpoBreach | None = None
+    verified_at_us: int = 0
 
 
 def file_stem(disk: str, since: int) -> str:
@@ -114,5 +147,23 @@ def next_disk_name(taken: Sequence[str]) -> str:
 
 
 def plain(value: Any) -> Any:
-    """What an event stores for ``value``, as it comes back from the log: lists, maps, numbers, text and bytes only."""
-    return msgspec.msgpack.decode(msgspec.msgpack.encode(value))
+    """What an event stores for ``value``, as it comes back from the log: lists, maps, numbers, text and bytes only.
+
+    Trailing fields that have their defaults are left out, so that a field that is added changes no event that lacks it.
+    """
+    return msgspec.msgpack.decode(msgspec.msgpack.encode(_trimmed(value)))
+
+
+def _trimmed(value: Any) -> Any:
+    if isinstance(value, msgspec.Struct):
+        fields = list(msgspec.structs.fields(value))
+        while fields and not fields[-1].required and _is_default(value, fields[-1]):
+            fields.pop()
+        return [_trimmed(getattr(value, field.name)) for field in fields]
+    if isinstance(value, list | tuple):
+        return [_trimmed(item) for item in value]
+    return value
+
+
+def _is_default(value: msgspec.Struct, field: msgspec.structs.FieldInfo) -> bool:
+    return bool(getattr(value, field.name) == field.default)

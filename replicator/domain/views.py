@@ -14,11 +14,20 @@ from typing import Any
 import msgspec
 from eventsourcing.domain import Aggregate
 
-from replicator.domain.model import Balance, Damage, Point, TestClone
+from replicator.domain.failover import State
+from replicator.domain.model import Balance, Damage, Point, RpoBreach, Suspicion, TestClone
+from replicator.domain.sampling import WINDOW_DAYS, missed_percent_max
 from replicator.domain.vm import ProtectedVm, event_kind, event_time_us
 
 #: Fields that events store as arrays, and the type that gives their items names.
-_STRUCTS: dict[str, Any] = {"damage": Damage, "clone": TestClone}
+_STRUCTS: dict[str, Any] = {
+    "breach": RpoBreach,
+    "damage": Damage,
+    "clone": TestClone,
+    "missed": Suspicion,
+}
+#: Points that one warning names.
+_SHOWN_MAX = 10
 _ENVELOPE = {"originator_id", "originator_version", "originator_topic", "timestamp"}
 
 
@@ -33,6 +42,8 @@ def point_info(vm: ProtectedVm, point: Point, held: bool = False) -> dict[str, A
     """PointInfo. ``held``: a reader keeps it from being released. The worst of the states that hold is shown."""
     if any(damage.point == point.number for damage in vm.damages):
         state = "damaged"
+    elif point.number in vm.doubtful:
+        state = "suspect"
     elif held:
         state = "held"
     else:
@@ -48,8 +59,20 @@ def point_info(vm: ProtectedVm, point: Point, held: bool = False) -> dict[str, A
     }
 
 
-def vm_status(vm: ProtectedVm, now_us: int, extra_warnings: Iterable[str] = ()) -> dict[str, Any]:
-    """VmStatus at ``now_us``, microseconds since the epoch. ``extra_warnings`` follow those of the VM itself."""
+def vm_status(
+    vm: ProtectedVm,
+    now_us: int,
+    extra_warnings: Iterable[str] = (),
+    *,
+    rpo_target_s: int | None = None,
+    rpo_forecast_s: float | None = None,
+    sampling: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """VmStatus at ``now_us``, microseconds since the epoch. ``extra_warnings`` follow those of the VM itself.
+
+    ``rpo_target_s``: how old the newest point may become, if that is watched; ``rpo_forecast_s``: how old it will.
+    ``sampling``: SamplingInfo, where it is known.
+    """
     newest = vm.newest
     return {
         "vm": vm.name,
@@ -59,7 +82,10 @@ def vm_status(vm: ProtectedVm, now_us: int, extra_warnings: Iterable[str] = ()) 
         "epoch": vm.epoch,
         "newest_point": newest.number if newest is not None else None,
         "rpo_age_s": _age_s(newest, now_us),
+        "rpo_target_s": rpo_target_s,
+        "rpo_forecast_s": rpo_forecast_s,
         "last_cycle": _last_cycle(newest),
+        "sampling": sampling,
         "warnings": [*warnings(vm), *extra_warnings],
     }
 
@@ -101,12 +127,49 @@ def warnings(vm: ProtectedVm) -> list[str]:
         more = f", and {len(known) - 1} more" if len(known) > 1 else ""
         where = f"{first.disk}, {first.length} bytes at {first.offset}"
         found.append(f"recovery point {number} is damaged: {where}: {first.reason}{more}")
+    if vm.breach is not None and vm.state in (State.PROTECTED, State.TESTING):
+        since, target_s = instant(vm.breach.began_at_us), vm.breach.target_s
+        found.append(
+            f"the newest recovery point is older than rpo_target ({target_s} s) since {since}"
+        )
     if vm.tracking_lost is not None:
         found.append(f"change tracking was lost, digests are compared: {vm.tracking_lost}")
+    found += _doubts(vm)
     if vm.peer_broken is not None:
         found.append(f"{vm.peer_broken}; if that was you, run replctl log accept {vm.name}")
     if vm.abandoned is not None:
         found.append(f"the last push was given up: {vm.abandoned}")
+    return found
+
+
+def sampling_info(clean: int, missed: int) -> dict[str, Any]:
+    """SamplingInfo: what was sampled in the last days, and what that says of what change tracking can have missed."""
+    return {
+        "days": WINDOW_DAYS,
+        "sampled": clean,
+        "missed": missed,
+        "missed_percent_max": None if missed else missed_percent_max(clean),
+    }
+
+
+def _doubts(vm: ProtectedVm) -> list[str]:
+    """That change tracking cannot be trusted, and what comes of it on this side."""
+    found = []
+    if vm.suspect is not None:
+        at = f"{vm.suspect.disk}, byte {vm.suspect.offset}, found after point {vm.suspect.point}"
+        following = (
+            "the next push does what on_reference_loss says"
+            if vm.role == "source"
+            else "the source is to compare all disks"
+        )
+        found.append(f"change tracking missed a change ({at}): {following}")
+    if vm.doubtful and vm.role != "source":
+        numbers = sorted(vm.doubtful)
+        shown = ", ".join(map(str, numbers[:_SHOWN_MAX]))
+        more = f" and {len(numbers) - _SHOWN_MAX} more" if len(numbers) > _SHOWN_MAX else ""
+        found.append(
+            f"recovery points {shown}{more} may lack changes that change tracking at the source missed"
+        )
     return found
 
 
@@ -159,4 +222,4 @@ def _plain(value: Any) -> Any:
     return value
 
 
-__all__ = ["event_info", "instant", "point_info", "vm_status", "warnings"]
+__all__ = ["event_info", "instant", "point_info", "sampling_info", "vm_status", "warnings"]

@@ -21,6 +21,8 @@ from replicator.domain.model import (
     Damage,
     Point,
     PushKind,
+    RpoBreach,
+    Suspicion,
     TestClone,
     plain,
     stream_id,
@@ -102,6 +104,7 @@ class ProtectedVm(Aggregate):
                 aggregate.points.pop(number, None)
                 aggregate.verified.pop(number, None)
             aggregate.damages = [d for d in aggregate.damages if d.point not in gone]
+            aggregate.doubtful -= gone
 
     class PointDamaged(Event):
         """A point does not read back as it was recorded."""
@@ -121,7 +124,8 @@ class ProtectedVm(Aggregate):
 
         def apply(self, aggregate: ProtectedVm) -> None:
             aggregate.damages = [d for d in aggregate.damages if d.point != self.point]
-            aggregate.verified[self.point] = int(self.timestamp.timestamp() * 1e6)
+            aggregate.verified_at_us = int(self.timestamp.timestamp() * 1e6)
+            aggregate.verified[self.point] = aggregate.verified_at_us
 
     class TrackingLost(Event):
         """What changed since the reference had to be found by comparing digests."""
@@ -131,6 +135,31 @@ class ProtectedVm(Aggregate):
 
         def apply(self, aggregate: ProtectedVm) -> None:
             aggregate.tracking_lost = self.reason
+
+    class DisksCompared(Event):
+        """All disks were compared with the receiver's newest point: what is sent next goes on from it, whatever this side
+        knew before.
+        """
+
+        TOPIC = "replctl:vm.disks-compared"
+        point: list[Any]
+        reason: str
+
+        def apply(self, aggregate: ProtectedVm) -> None:
+            aggregate.adopt_point(self.point)
+
+    class ChangesMissed(Event):
+        """A grain that change tracking called unchanged is not what the points say."""
+
+        TOPIC = "replctl:vm.changes-missed"
+        missed: list[Any]
+
+        def apply(self, aggregate: ProtectedVm) -> None:
+            aggregate.suspect = msgspec.convert(self.missed, Suspicion)
+            for number in sorted(aggregate.points, reverse=True):
+                if aggregate.points[number].is_sure:
+                    break
+                aggregate.doubtful |= {number}
 
     class PushAbandoned(Event):
         """A push was given up before it was committed."""
@@ -200,6 +229,15 @@ class ProtectedVm(Aggregate):
         def apply(self, aggregate: ProtectedVm) -> None:
             aggregate.state = State.PERMANENT
 
+    class RpoBreached(Event):
+        """The newest point is older than the recovery point objective; the next that is young enough ends it."""
+
+        TOPIC = "replctl:vm.rpo-breached"
+        breach: list[Any]
+
+        def apply(self, aggregate: ProtectedVm) -> None:
+            aggregate.breach = msgspec.convert(self.breach, RpoBreach)
+
     class PeerLogBroken(Event):
         """The other side's log does not continue what it was when it was last seen."""
 
@@ -237,6 +275,10 @@ class ProtectedVm(Aggregate):
         )
         self.abandoned_push: str | None = None
         self.peer_broken: str | None = None
+        self.suspect: Suspicion | None = None  # cleared by a point that is sure
+        self.doubtful: frozenset[int] = frozenset()  # points that may lack a change
+        self.breach: RpoBreach | None = None
+        self.verified_at_us = 0  # when a point was last found to be right; it may be gone since
 
     @classmethod
     def register(cls, vm: UUID, name: str, role: str, period: int = 1) -> ProtectedVm:
@@ -273,6 +315,10 @@ class ProtectedVm(Aggregate):
             abandoned_point=self.abandoned_point,
             abandoned_push=self.abandoned_push,
             peer_broken=self.peer_broken,
+            suspect=self.suspect,
+            doubtful=tuple(sorted(self.doubtful)),
+            breach=self.breach,
+            verified_at_us=self.verified_at_us,
         )
 
     @classmethod
@@ -290,6 +336,8 @@ class ProtectedVm(Aggregate):
         vm.test, vm.tracking_lost = balance.test, balance.tracking_lost
         vm.abandoned, vm.abandoned_point = balance.abandoned, balance.abandoned_point
         vm.abandoned_push, vm.peer_broken = balance.abandoned_push, balance.peer_broken
+        vm.suspect, vm.doubtful = balance.suspect, frozenset(balance.doubtful)
+        vm.breach, vm.verified_at_us = balance.breach, balance.verified_at_us
         return vm
 
     def open_period(self, period: int) -> Any:
@@ -324,6 +372,26 @@ class ProtectedVm(Aggregate):
             self.state = State.PROTECTED
         self.tracking_lost = None
         self.abandoned = None
+        if (
+            self.breach is not None
+            and _age_us(point, point.committed_at_us) <= self.breach.target_s * 1_000_000
+        ):
+            self.breach = None
+        self.doubtful = self.doubtful.intersection(self.points)
+        if point.is_sure:
+            self.suspect = None
+        elif self.suspect is not None:
+            self.doubtful |= {point.number}
+
+    def adopt_point(self, stored: list[Any]) -> None:
+        """The receiver's newest point is what this side goes on from; called by the events."""
+        point = msgspec.convert(stored, Point)
+        if point != self.newest:
+            self.points = {point.number: point}
+            self.doubtful = frozenset()
+        self.newest = point
+        if self.state is State.UNSEEDED:
+            self.state = State.PROTECTED
 
     # Decisions
 
@@ -370,10 +438,47 @@ class ProtectedVm(Aggregate):
         """Record that change tracking could not answer."""
         self.trigger_event(self.TrackingLost, reason=reason)
 
+    def compare_disks(self, point: Point, reason: str) -> None:
+        """Record that all disks were compared with the receiver's newest point, which is this side's newest from here on.
+
+        Raises RefusedError where a cycle could not be committed on it.
+        """
+        if point.epoch > self.epoch:
+            raise FencedError(
+                f"point {point.number} on the receiver is of epoch {point.epoch}, this side is in epoch {self.epoch}"
+            )
+        if self.state is not State.UNSEEDED:
+            self.check_commit(PushKind.CYCLE, self.epoch)
+        self.trigger_event(self.DisksCompared, point=plain(point), reason=reason)
+
+    def miss_changes(self, missed: Suspicion) -> None:
+        """Record that change tracking missed a change, unless that is known of this chain already."""
+        if self.suspect is None:
+            self.trigger_event(self.ChangesMissed, missed=plain(missed))
+
     def abandon_push(self, push_id: str, point: int, reason: str) -> None:
         """Record that a push was given up, unless a process that died since then has done so."""
         if push_id != self.abandoned_push:
             self.trigger_event(self.PushAbandoned, push_id=push_id, point=point, reason=reason)
+
+    def breach_due_us(self, target_s: int) -> int | None:
+        """When the newest point will be older than ``target_s`` seconds, in microseconds since the epoch; None where that is
+        recorded already, and where no new point is to be expected.
+        """
+        expected = self.state in (State.PROTECTED, State.TESTING)
+        if self.newest is None or self.breach is not None or not expected:
+            return None
+        return self.newest.taken_at_us + target_s * 1_000_000
+
+    def breach_rpo(self, target_s: int, now_us: int) -> None:
+        """Record that the newest point is older than ``target_s`` seconds at ``now_us``, once for each time that it comes to be."""
+        due_us = self.breach_due_us(target_s)
+        if due_us is None or now_us <= due_us:
+            return
+        assert self.newest is not None
+        age_s = _age_us(self.newest, now_us) // 1_000_000
+        breach = RpoBreach(self.newest.number, age_s, target_s, due_us)
+        self.trigger_event(self.RpoBreached, breach=plain(breach))
 
     def start_test(self, clone: TestClone) -> None:
         """Record a test clone. Raises RefusedError where the table or the point forbids it."""
@@ -435,6 +540,10 @@ class ProtectedVm(Aggregate):
     def disk_names(self) -> dict[str, str]:
         """Disk name by identity, of the newest point."""
         return {disk.identity: disk.disk for disk in self.newest.disks} if self.newest else {}
+
+
+def _age_us(point: Point, now_us: int) -> int:
+    return now_us - point.taken_at_us
 
 
 def time_us(stamp: datetime) -> int:

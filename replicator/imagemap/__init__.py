@@ -27,6 +27,7 @@ from replicator.imagemap.layout import (
 )
 from replicator.imagemap.tree import (
     FANOUT,
+    HEIGHT_MAX,
     NODE_SIZE,
     ZERO_NODE,
     Fold,
@@ -47,6 +48,7 @@ __all__ = [
     "RUN_MAX",
     "Finding",
     "ImageMap",
+    "MapWriter",
     "RootBuilder",
     "disk_root",
     "vm_root",
@@ -137,6 +139,11 @@ class ImageMap:
         """The recovery point whose content this is."""
         return self._header.point
 
+    @property
+    def height(self) -> int:
+        """How many levels of pages there are, the leaves included."""
+        return self._header.height
+
     def root(self) -> bytes:
         """The disk root at ``point``, 32 bytes; reads nothing."""
         return self._header.root
@@ -165,6 +172,24 @@ class ImageMap:
         at = index % FANOUT * NODE_SIZE
         return above[at : at + NODE_SIZE] == node
 
+    def page(self, level: int, index: int) -> bytes:
+        """A whole page (docs/image-root.md): 256 digests at level 0, 256 nodes above. Zeros outside the map; above its top
+        what the levels would hold that it may grow to.
+
+        Raises DamageError if the page is not the one that the node above it stands for.
+        """
+        if not 0 <= level < HEIGHT_MAX or index < 0:
+            raise ValueError(f"page {index} of level {level}")
+        header = self._header
+        if index and index * FANOUT ** (level + 1) >= header.grains:
+            return bytes(page_size(header.algorithm, level))
+        if level < header.height:
+            return StoredPages(self._file, header).load(level, index)
+        node = header.top
+        for below in range(header.height, level):
+            node = node_of(below, node.ljust(page_size(header.algorithm, below), b"\0"))
+        return node.ljust(page_size(header.algorithm, level), b"\0")
+
     def iter_nonzero_runs(self, start: int = 0) -> Iterator[GrainRun]:
         """The grains that are not zeros, from ``start`` on, ascending, in runs of at most RUN_MAX;
         two runs may touch. Holes of the file are skipped unread. Not verified, as ``digests``.
@@ -189,7 +214,11 @@ class ImageMap:
         shrink, DamageError if a page that is needed does not fit the node above it (which is so
         as well after an apply was cut short: repeat that first).
         """
-        top = self._fold(runs, disk_size, StoredPages(self._file, self._header))
+        fold = self._fold(disk_size, StoredPages(self._file, self._header))
+        for run in runs:
+            fold.put(run)
+        top = fold.finish()
+        top = self._header.top if top is None else top
         return disk_root(self.algorithm, self.grain, disk_size, top)
 
     def apply(
@@ -206,16 +235,15 @@ class ImageMap:
         comes to another one. Raises ValueError and StateError as ``preview``; the runs before the
         wrong one have been written then, as in an apply cut short.
         """
+        writer = self.write(disk_size, point)
+        for run in runs:
+            writer.put(run)
+        return writer.finish(expected_root)
+
+    def write(self, disk_size: int, point: int) -> MapWriter:
+        """An apply whose runs come one by one, as they are made. Raises ValueError and StateError as ``preview``."""
         _check_point(point)
-        top = self._fold(runs, disk_size, AppliedPages(self._file, self._header))
-        header = replace(self._header, disk_size=disk_size, point=point, top=top)
-        if expected_root is not None and header.root != expected_root:
-            raise DamageError(f"the image map {self._file.path} does not come to the root expected")
-        self._file.sync()
-        self._file.write_at(header.encode(), 0)
-        self._file.sync()
-        self._header = header
-        return header.root
+        return MapWriter(self, disk_size, point)
 
     def check(self) -> Iterator[Finding]:
         """Read the whole map and find every damaged page, from the top down. Writes nothing.
@@ -238,18 +266,39 @@ class ImageMap:
         self._file.sync()
         return (top or ZERO_NODE) == self._header.top
 
-    def _fold(self, runs: Iterable[GrainRun], disk_size: int, store: PageStore) -> bytes:
+    def _fold(self, disk_size: int, store: PageStore) -> Fold:
         check_shape(self.grain, disk_size)
         if disk_size < self.disk_size:
             raise StateError(
                 f"the disk has {self.disk_size} bytes and cannot shrink to {disk_size}"
             )
         grains = grain_count(disk_size, self.grain)
-        fold = Fold(self.algorithm, grains, store, grown_from=self._header.height)
-        for run in runs:
-            fold.put(run)
-        top = fold.finish()
-        return self._header.top if top is None else top
+        return Fold(self.algorithm, grains, store, grown_from=self._header.height)
+
+
+class MapWriter:
+    """See ``ImageMap.write``. Until ``finish`` the map is as after an apply that was cut short."""
+
+    def __init__(self, image: ImageMap, disk_size: int, point: int) -> None:
+        self._map = image
+        self._header = replace(image._header, disk_size=disk_size, point=point)
+        self._fold = image._fold(disk_size, AppliedPages(image._file, image._header))
+
+    def put(self, run: GrainRun) -> None:
+        """Set the digests of a run. Raises ValueError if it is not after the last or not inside the disk."""
+        self._fold.put(run)
+
+    def finish(self, expected_root: bytes | None = None) -> bytes:
+        """Make everything durable, then let the map stand at the point; the root. Raises DamageError as ``apply``."""
+        top, file = self._fold.finish(), self._map._file
+        header = self._header if top is None else replace(self._header, top=top)
+        if expected_root is not None and header.root != expected_root:
+            raise DamageError(f"the image map {file.path} does not come to the root expected")
+        file.sync()
+        file.write_at(header.encode(), 0)
+        file.sync()
+        self._map._header = header
+        return header.root
 
 
 def _check_point(point: int) -> None:

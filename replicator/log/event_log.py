@@ -25,15 +25,21 @@ from eventsourcing.persistence import PersistenceError
 from eventstore.checkpoint import CheckpointKey
 from eventstore.lane import Lane, open_lane
 from eventstore.projection_rows import DATABASE
-from eventstore.projections import Projection, Projections, list_projections
+from eventstore.projections import (
+    Projection,
+    Projections,
+    UnknownProjectionError,
+    list_projections,
+    read_projection,
+)
 from replicator.domain.vm import ProtectedVm
 from replicator.errors import ReplicatorError
-from replicator.log import past, peers, periods, sealing, states
+from replicator.log import past, peers, periods, sealing, states, usage
 from replicator.log.heads import SignedHead, check_begun, ensure_key, signed_head
 from replicator.log.peers import Peer
 from replicator.log.periods import Period
 from replicator.log.store import LogStore, find_vm, fold_stream
-from replicator.log.usage import UsageByDay
+from replicator.log.usage import Usage, UsageByDay
 from replicator.nursery import flat_nursery
 
 _logger = logging.getLogger(__name__)
@@ -204,6 +210,21 @@ class EventLog:
         return found + ([self.trouble] if self.trouble is not None else [])
 
     # What happened
+
+    async def usage(self, first_day: str = "") -> dict[str, Usage]:
+        """What each VM has cost since its first day, or since ``first_day``, by UUID; a second or two behind the log."""
+
+        def read() -> dict[str, Usage]:
+            if self.store.environment.find_database(DATABASE) is None:
+                return {}
+            try:
+                return read_projection(
+                    self.store.environment, usage.NAME, lambda view: usage.totals(view, first_day)
+                )
+            except UnknownProjectionError:
+                return {}  # nothing was ever added up
+
+        return await self._lane.read(read)
 
     async def history(
         self, vm: UUID, *, after: int = 0, limit: int = 1000

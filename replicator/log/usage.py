@@ -15,6 +15,7 @@ from eventsourcing.persistence import Notification
 
 from eventstore.projections import Projection, View
 from replicator.domain.model import Point, PushKind, stream_id
+from replicator.domain.views import sampling_info
 from replicator.domain.vm import ProtectedVm, event_time_us
 
 NAME = "usage"
@@ -23,7 +24,9 @@ _DAY = b"d"
 
 
 class Usage(msgspec.Struct, frozen=True, array_like=True):
-    """Sums. ``busy_us``: microseconds from a push's start to its commit."""
+    """Sums. ``busy_us``: microseconds from a push's start to its commit. ``sampled``: grains that change tracking called
+    unchanged, and were; ``missed``: times that one was not.
+    """
 
     seeds: int = 0
     cycles: int = 0
@@ -32,6 +35,8 @@ class Usage(msgspec.Struct, frozen=True, array_like=True):
     abandoned: int = 0
     damages: int = 0
     tests: int = 0
+    sampled: int = 0
+    missed: int = 0
 
     def plus(self, other: Usage) -> Usage:
         """Both together."""
@@ -48,7 +53,15 @@ def of(event: Any) -> Usage:
         case ProtectedVm.SeedCommitted() | ProtectedVm.CycleCommitted():
             point = msgspec.convert(event.point, Point)
             seed = point.kind is PushKind.SEED
-            return Usage(int(seed), int(not seed), point.bytes_pushed, point.duration_us)
+            return Usage(
+                seeds=int(seed),
+                cycles=int(not seed),
+                bytes_pushed=point.bytes_pushed,
+                busy_us=point.duration_us,
+                sampled=point.sampled,
+            )
+        case ProtectedVm.ChangesMissed():
+            return Usage(missed=1)
         case ProtectedVm.PushAbandoned():
             return Usage(abandoned=1)
         case ProtectedVm.PointDamaged():
@@ -62,7 +75,7 @@ class UsageByDay(Projection):
     """Keeps ``usage``. Rows: which VM a stream belongs to, and a VM's sums of one day (UTC)."""
 
     name = NAME
-    revision = 2
+    revision = 3
     topics: Sequence[str] = ()
 
     def __init__(self, event: Callable[[Notification], Any]) -> None:
@@ -98,4 +111,21 @@ def days(view: View, vm: str) -> list[tuple[str, Usage]]:
     return [(key[len(prefix) :].decode(), _decoder.decode(row)) for key, row in view.items(prefix)]
 
 
-__all__ = ["NAME", "Usage", "UsageByDay", "days", "of"]
+def totals(view: View, first_day: str = "") -> dict[str, Usage]:
+    """Every VM's sums since its first day, or since ``first_day`` (as ``2026-03-01``), by its UUID."""
+    found: dict[str, Usage] = {}
+    for key, row in view.items(_DAY):
+        vm, _, day = key[len(_DAY) :].decode().rpartition("/")
+        if day < first_day:
+            continue
+        found[vm] = found.get(vm, Usage()).plus(_decoder.decode(row))
+    return found
+
+
+def sampling_of(recent: dict[str, Usage], vm: str) -> dict[str, Any]:
+    """SamplingInfo of a VM, from what ``totals`` has of the last days (``domain.sampling.first_day``)."""
+    sums = recent.get(vm, Usage())
+    return sampling_info(sums.sampled, sums.missed)
+
+
+__all__ = ["NAME", "Usage", "UsageByDay", "days", "of", "sampling_of", "totals"]

@@ -189,8 +189,8 @@ class Decoder:
         return len(self._spill) + len(self._block) - self._at
 
     def receive_data(self, data: Buffer) -> None:
-        """Take bytes of any length. ``bytes`` are not copied; anything else is. Raises PhcbtError
-        after the end.
+        """Take bytes of any length; a ``bytearray`` is copied, a view is not: its memory must stay as it is until NEED_DATA,
+        and for as long as events made of it are in use. Raises PhcbtError after the end.
 
         ValueError if ``next_event`` has not been called until NEED_DATA: that is what bounds the
         memory.
@@ -202,7 +202,7 @@ class Decoder:
             return
         if self.ended:
             self._fail(PhcbtError(self.position, "bytes after the end record"))
-        self._block = memoryview(data if isinstance(data, bytes) else bytes(data))
+        self._block = memoryview(bytes(data) if isinstance(data, bytearray) else data)
         self._at = 0
 
     def next_event(self) -> Event | Literal[_NeedData.NEED_DATA]:

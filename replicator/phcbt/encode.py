@@ -96,26 +96,28 @@ def _checked(header: StreamHeader, record: EncodedRecord) -> EncodedRecord:
     return record
 
 
-def split_chunk(plain: Buffer, offset: int, header: StreamHeader) -> list[Extent]:
+def split_chunk(
+    plain: Buffer, offset: int, header: StreamHeader, *, start: int = 0, end: int | None = None
+) -> list[Extent]:
     """Cut what was read at disk byte ``offset`` (a grain border) into data and zero extents, in
-    order.
+    order; of it only the bytes from ``start`` (a grain border) to ``end``.
 
     Grains are tested whole; runs of zeros shorter than four grains stay inside data unless all of
-    it is zeros. Extents are in disk bytes. Best given ``bytes``: anything else is copied once.
+    it is zeros. Extents are in disk bytes. Best given ``bytes`` or a ``bytearray``: anything else is copied once.
     """
-    if not isinstance(plain, bytes):
+    if not isinstance(plain, bytes | bytearray):
         plain = bytes(plain)
-    size = len(plain)
+    first, size = start, len(plain) if end is None else end
     grain = header.grain
     whole = _ZEROS[:grain]
     result: list[Extent] = []
-    data_start = zero_start = at = 0
+    data_start = zero_start = at = first
     while True:
         # [data_start, zero_start) is data, [zero_start, at) the zeros found after it.
-        if at < size and _grain_is_zero(plain, at, whole):
+        if at < size and _grain_is_zero(plain, at, size, whole):
             at = min(at + grain, size)
             continue
-        everything = zero_start == 0 and at == size
+        everything = zero_start == first and at == size
         if at > zero_start and (everything or at - zero_start > (ZERO_RUN_MIN - 1) * grain):
             if zero_start > data_start:
                 result.append(Extent(offset + data_start, zero_start - data_start))
@@ -129,20 +131,23 @@ def split_chunk(plain: Buffer, offset: int, header: StreamHeader) -> list[Extent
     return result
 
 
-def _grain_is_zero(plain: bytes, at: int, whole: bytes) -> bool:
-    left = len(plain) - at
+def _grain_is_zero(plain: bytes | bytearray, at: int, end: int, whole: bytes) -> bool:
+    left = end - at
     return plain.startswith(whole if left >= len(whole) else whole[:left], at)
 
 
 def encode_chunk(
-    header: StreamHeader, offset: int, plain: bytes, level: int | None
+    header: StreamHeader,
+    offset: int,
+    plain: bytes | bytearray,
+    level: int | None,
+    *,
+    start: int = 0,
+    end: int | None = None,
 ) -> list[EncodedRecord]:
     """``split_chunk``, then a record for each part: all that a worker thread does with a chunk it
-    has read.
+    has read. ``plain`` is kept, not copied, by records that are not compressed.
     """
-    extents = split_chunk(plain, offset, header)
-    if len(extents) == 1 and not extents[0].zero:
-        return [encode_data(header, offset, plain, level)]
     view = memoryview(plain)
     return [
         zero_record(header, extent.offset, extent.length)
@@ -150,7 +155,7 @@ def encode_chunk(
         else encode_data(
             header, extent.offset, view[extent.offset - offset : extent.end - offset], level
         )
-        for extent in extents
+        for extent in split_chunk(plain, offset, header, start=start, end=end)
     ]
 
 

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from uuid import UUID
 
-import blake3
 import xxhash
 
 from replicator.errors import PhcbtError
@@ -103,6 +102,8 @@ def _xxh3_128(piece: memoryview) -> bytes:
 
 
 def _blake3_256(piece: memoryview) -> bytes:
+    import blake3  # noqa: PLC0415 - half a megabyte that few chains need
+
     return blake3.blake3(piece).digest()
 
 

@@ -1,35 +1,29 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""A source's session with the receiver: connect, prove the key, ask, push one or more streams."""
+"""A source's session with the receiver: ask, push one or more streams. ``push/link.py`` makes it."""
 
 from __future__ import annotations
 
 import logging
-import os
-import socket
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 import trio
 
-from replicator.config import Config
 from replicator.errors import PeerRefusedError, ReplicatorError, WireError
-from replicator.nursery import flat_nursery
 from replicator.wire import messages as m
 from replicator.wire.framing import MessageStream
-from replicator.wire.keys import PreSharedKey
 from replicator.wire.session import Session
-from replicator.wire.stream import connect_stream
 
 _logger = logging.getLogger(__name__)
 
-CONNECT_S = 15
-HANDSHAKE_S = 15
-#: A Ping goes out this often, so that neither side takes long reading for a dead line.
-PING_S = 15
+#: How long a receiver that lives may take for one step: the commit of a large push on a slow disk takes minutes, not more.
+STUCK_S = 1800
 #: How long a refusal may still be on its way when the line breaks.
 _LAST_WORDS_S = 1
-#: Bytes on the way that are not acknowledged yet; then sending waits.
+#: Bytes on the way that have not landed at the receiver: then sending waits. It is all that a broken line can cost.
+ON_THE_WAY_MAX = 8 << 20
+#: Bytes that have landed and are not durable there yet: what a power cut at the receiver can cost.
 UNACKED_MAX = 64 << 20
 
 A = TypeVar("A", bound=m.Message)
@@ -41,16 +35,21 @@ class ConnectionLostError(ReplicatorError):
 
 
 class Connection:
-    """One session. Made by ``connect``; one push at a time."""
+    """One session. Made by ``Link.connect``; one push at a time."""
 
     def __init__(self, stream: MessageStream) -> None:
         self._stream = stream
         self._session = Session()
         self._replies_in, self._replies = trio.open_memory_channel[m.FromReceiver](16)
         self._acked: list[int] = []
+        self._landed: list[int] = []
         self._sent: list[int] = []
-        self._room = trio.Event()
+        self._window = ON_THE_WAY_MAX
+        self.disks_at_once = 1
+        self._room = trio.lowlevel.ParkingLot()
         self._end: Exception | None = None
+        #: When the receiver was last heard of, by trio's clock.
+        self.heard_at = trio.current_time()
         #: Whether something came to be durable on the receiver in this session.
         self.progressed = False
 
@@ -70,6 +69,8 @@ class Connection:
         except (trio.BrokenResourceError, trio.ClosedResourceError, OSError) as error:
             with trio.move_on_after(_LAST_WORDS_S):
                 await self._last_words()
+            if self._end is not None:  # that is why the line was closed
+                raise self._lost() from error
             raise ConnectionLostError(f"the line to the receiver broke: {error}") from error
 
     async def _last_words(self) -> None:
@@ -81,7 +82,8 @@ class Connection:
     async def reply(self, want: type[A], other: type[B] | None = None) -> A | B:
         """The next answer, of one of these types. Raises PeerRefusedError, ConnectionLostError, WireError."""
         try:
-            answer = await self._replies.receive()
+            with self._no_longer("has answered nothing"):
+                answer = await self._replies.receive()
         except trio.EndOfChannel:
             raise self._lost() from self._end
         if isinstance(answer, m.Refused):
@@ -90,29 +92,59 @@ class Connection:
             return answer
         raise WireError(f"the receiver answered {type(answer).__name__}")
 
-    def begin(self, positions: tuple[int, ...]) -> None:
-        """The push's streams go on from here."""
+    @contextmanager
+    def _no_longer(self, what: str) -> Iterator[None]:
+        """Bounds a wait for a receiver that shows signs of life and does nothing else."""
+        with trio.move_on_after(STUCK_S) as scope:
+            yield
+        if scope.cancelled_caught:
+            raise ConnectionLostError(f"the receiver {what} for {STUCK_S} s, although it lives")
+
+    def begin(self, positions: tuple[int, ...], chunk: int = 1 << 20) -> None:
+        """The push's streams go on from here; their records hold at most ``chunk`` plain bytes."""
+        # A record lands as a whole: some of them must have room.
+        self._window = max(ON_THE_WAY_MAX, 4 * chunk)
+        #: Disks that may be sent in turn: with more, each could be within a record, and no record could come to its end.
+        self.disks_at_once = max(1, self._window // chunk - 1)
         self._acked = list(positions)
+        self._landed = list(positions)
         self._sent = list(positions)
 
-    async def data(self, disk: int, offset: int, pieces: list[bytes | memoryview]) -> None:
-        """Send the next piece of a disk's stream; waits while too much is unacknowledged."""
-        self._check_refused()
-        self._session.message(m.Data(disk, offset, b""))
+    async def data(self, disk: int, offset: int, pieces: list[bytes | memoryview]) -> float:
+        """Send the next piece of a disk's stream; waits while too much is on its way, or not durable.
+
+        Several tasks may send, each for disks of its own; they take turns. Returns how long it had to wait for the line
+        and the receiver, seconds. Raises PeerRefusedError, ConnectionLostError, WireError.
+        """
+        started = trio.current_time()
         length = sum(len(piece) for piece in pieces)
-        while sum(self._sent) + length - sum(self._acked) > UNACKED_MAX:
-            self._room = trio.Event()
-            await self._room.wait()
+        self._check_refused()
+        while self._is_full(length):
+            with self._no_longer("has landed nothing"):
+                await self._room.park()
             self._check_refused()
-        # Before it goes out: its Ack may be here before this task goes on.
+        # Checked after the wait: a refusal may have changed the phase meanwhile.
+        self._session.message(m.Data(disk, offset, b""))
+        # Before it goes out: what the receiver says of it may be here before this task goes on.
         self._sent[disk] = offset + length
         await self._send(m.DATA, m.data_head(disk, offset), *pieces)
+        return trio.current_time() - started
+
+    def _is_full(self, length: int) -> bool:
+        sent = sum(self._sent) + length
+        return sent - sum(self._landed) > self._window or sent - sum(self._acked) > UNACKED_MAX
+
+    @property
+    def _broke_protocol(self) -> bool:
+        """Whether the session ended because of what the receiver said."""
+        end = self._end
+        return isinstance(end, WireError) and not isinstance(end, trio.BrokenResourceError)
 
     def _lost(self) -> ReplicatorError:
         """Why no answer will come: a broken line can be tried again, a broken protocol cannot."""
         end = self._end
-        if isinstance(end, WireError) and not isinstance(end, trio.BrokenResourceError):
-            return WireError(str(end))
+        if self._broke_protocol:
+            return WireError(f"the receiver broke the protocol: {end}")
         why = "the receiver ended the session" if end is None else f"the line broke: {end}"
         return ConnectionLostError(why)
 
@@ -134,99 +166,58 @@ class Connection:
         return tuple(self._acked)
 
     async def read_replies(self) -> None:
-        """Take what the receiver says until the session ends; why it did is kept for who waits. Run by ``connect``."""
+        """Take what the receiver says until the session ends; why it did is kept for who waits. Run by ``Link.connect``."""
         try:
             await self._read_replies()
         except (WireError, trio.BrokenResourceError, trio.ClosedResourceError, OSError) as error:
             self._end = error
+            # A send may be waiting for a peer that will never take anything: it ends now, not in the fullness of TCP's time.
+            await trio.aclose_forcefully(self._stream)
         finally:
             self._replies_in.close()
-            self._room.set()
+            self._room.unpark_all()
 
     async def _read_replies(self) -> None:
         while (message := await self._stream.receive()) is not None:
             kind, body = message
+            self.heard_at = trio.current_time()
             if kind != m.CONTROL:
-                raise WireError("the receiver sent data")
+                raise WireError("it sent data")
             answer = m.decode_from_receiver(body)
             self._session.message(answer)
             if isinstance(answer, m.Ack):
                 self._take_ack(answer)
+            elif isinstance(answer, m.Landed):
+                self._take_landed(answer)
             elif not isinstance(answer, m.Pong):
                 await self._replies_in.send(answer)
-                self._room.set()
+                self._room.unpark_all()
 
     def _take_ack(self, ack: m.Ack) -> None:
         if ack.disk >= len(self._acked) or not (
             self._acked[ack.disk] <= ack.position <= self._sent[ack.disk]
         ):
-            raise WireError(f"the receiver acknowledged {ack.position} of disk {ack.disk}")
+            raise WireError(f"it acknowledged {ack.position} of disk {ack.disk}")
         self.progressed |= ack.position > self._acked[ack.disk]
         self._acked[ack.disk] = ack.position
-        self._room.set()
+        self._landed[ack.disk] = max(self._landed[ack.disk], ack.position)
+        self._room.unpark_all()
 
-    async def ping(self) -> None:
-        """Say now and then that this side lives, for as long as the line bears it. Run by ``connect``."""
+    def _take_landed(self, landed: m.Landed) -> None:
+        disk = landed.disk
+        if disk >= len(self._landed) or not (
+            self._landed[disk] <= landed.position <= self._sent[disk]
+        ):
+            raise WireError(f"it has landed {landed.position} of disk {disk}")
+        self._landed[disk] = landed.position
+        self._room.unpark_all()
+
+    async def ping(self, every_s: float) -> None:
+        """Say every so often that this side lives, for as long as the line bears it. Run by ``Link.connect``."""
         try:
             while True:
-                await trio.sleep(PING_S)
+                await trio.sleep(every_s)
                 await self._stream.send(m.CONTROL, m.encode(m.Ping()))
         except (trio.BrokenResourceError, trio.ClosedResourceError, OSError) as error:
             # The push finds it out as well, by reading or sending, and knows what to do.
             _logger.debug("no more pings: %s", error)
-
-
-def _why(error: BaseException) -> str:
-    """Why no connection could be made, for people: what the attempts failed of, each reason once."""
-    if isinstance(error, trio.TooSlowError):
-        return f"no answer within {CONNECT_S} s"
-    return ", ".join(dict.fromkeys(_reason(attempt) for attempt in _attempts(error)))
-
-
-def _reason(error: BaseException) -> str:
-    if isinstance(error, socket.gaierror):
-        return error.strerror or str(error)
-    if isinstance(error, OSError) and error.errno is not None:
-        return os.strerror(error.errno)  # trio's own text repeats the address
-    return str(error) or type(error).__name__
-
-
-def _attempts(error: BaseException) -> Iterator[BaseException]:
-    """The errors of the single attempts: trio sums them up in one whose cause is the error, or a group of them."""
-    if isinstance(error, BaseExceptionGroup):
-        for inner in error.exceptions:
-            yield from _attempts(inner)
-    elif isinstance(error, OSError) and error.errno is None and error.__cause__ is not None:
-        yield from _attempts(error.__cause__)
-    else:
-        yield error
-
-
-@asynccontextmanager
-async def connect(config: Config, key: PreSharedKey) -> AsyncIterator[Connection]:
-    """A session with the receiver of ``config``, ended on leaving.
-
-    Raises ConnectionLostError where the line cannot be made or breaks, AuthenticationError where the keys differ,
-    WireError where the other side breaks the protocol; what the body raises comes through unchanged.
-    """
-    where = f"{config.dr_host}:{config.dr_port}"
-    try:
-        with trio.fail_after(CONNECT_S):
-            transport = await trio.open_tcp_stream(config.dr_host, config.dr_port)
-    except (OSError, trio.TooSlowError) as error:
-        raise ConnectionLostError(f"cannot reach the receiver at {where}: {_why(error)}") from error
-    try:
-        stream = await connect_stream(transport, key, deadline_s=HANDSHAKE_S)
-    except trio.BrokenResourceError as error:
-        raise ConnectionLostError(
-            f"{where}: the line broke while authenticating: {error}"
-        ) from error
-    async with MessageStream(stream, m.LIMITS) as framed:
-        connection = Connection(framed)
-        async with flat_nursery() as nursery:
-            nursery.start_soon(connection.read_replies)
-            nursery.start_soon(connection.ping)
-            try:
-                yield connection
-            finally:
-                nursery.cancel_scope.cancel()

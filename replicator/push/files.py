@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from uuid import UUID
 
@@ -12,9 +13,11 @@ from replicator import durable
 from replicator.config import Config
 from replicator.disk import DiskView
 from replicator.domain.model import Point, PointDisk, file_stem
+from replicator.errors import DamageError
 from replicator.imagemap import ImageMap
 from replicator.phcbt.format import Algorithm, StreamHeader
 from replicator.push import spool
+from replicator.push.differing import Differing
 from replicator.push.journal import EntryDisk, PushEntry
 from replicator.push.sender import DiskJob
 
@@ -103,18 +106,62 @@ class PushFiles:
             if known is not None:
                 known.close()
             raise
-        if known is not None and not disk.compare:
+        only = None
+        if known is not None and (disk.scan_root is not None or not disk.compare):
             known.close()
+            known = None
+        if disk.scan_root is not None:
+            try:
+                only = Differing(self._map(shell), self.scan(entry, shell))
+            except BaseException:
+                skeleton.close()
+                raise
         since = entry.reference if not full and not disk.compare else None
-        return DiskJob(disk.disk, index, view, since, known if disk.compare else None, skeleton)
+        return DiskJob(disk.disk, index, view, since, known, skeleton, only)
+
+    def scan(self, entry: PushEntry, disk: PointDisk) -> Path:
+        """The map of a disk as it was read for a resync."""
+        return entry.folder(self._work) / f"{file_stem(disk.disk, disk.since)}.scan"
+
+    def fresh(self, entry: PushEntry, disk: PointDisk) -> Path:
+        """The map of the receiver's newest point, while it is made."""
+        return entry.folder(self._work) / f"{file_stem(disk.disk, disk.since)}.map"
+
+    def install(self, entry: PushEntry, disks: Iterable[PointDisk]) -> None:
+        """Take the maps that were made from the receiver's for ours."""
+        for disk in disks:
+            durable.rename(self.fresh(entry, disk), self._map(disk))
+
+    def differing(self, entry: PushEntry) -> tuple[int, int]:
+        """Of a resync: bytes of the disks that were compared, and bytes of them that differ."""
+        compared = differ = 0
+        for disk in entry.disks or ():
+            if disk.scan_root is None:
+                continue
+            shell = PointDisk(disk.disk, disk.identity, disk.size, b"", disk.since)
+            with Differing(self._map(shell), self.scan(entry, shell)) as found:
+                compared += disk.size
+                differ += sum(extent.length for extent in found.extents())
+        return compared, differ
+
+    def known_map(self, disk: EntryDisk) -> Path:
+        """The map of the newest point's disk."""
+        return self._map(PointDisk(disk.disk, disk.identity, disk.size, b"", disk.since))
 
     def final_disks(self, entry: PushEntry) -> list[PointDisk]:
-        """What each disk is after the push."""
+        """What each disk is after the push.
+
+        Raises DamageError if that is not what a resync has read: then what was sent is not what differs.
+        """
         result: list[PointDisk] = []
         for disk in entry.disks or ():
             shell = PointDisk(disk.disk, disk.identity, disk.size, b"", disk.since)
             full = disk.since == entry.point
             root = spool.new_root(self._skeleton(entry, disk), self._map(shell), shell, full)
+            if disk.scan_root not in (None, root):
+                raise DamageError(
+                    f"{disk.disk}: what was sent does not lead to what was read when it was compared"
+                )
             result.append(msgspec.structs.replace(shell, root=root))
         return result
 

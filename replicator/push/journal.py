@@ -16,7 +16,10 @@ from replicator.sources.base import SnapshotName
 
 
 class EntryDisk(msgspec.Struct, frozen=True):
-    """A disk of the push. ``compare``: its changes are found by comparing digests."""
+    """A disk of the push. ``compare``: its changes are found by comparing digests.
+
+    ``scan_root``: all of it was read already for a resync, and had this root; only what differs is read again and sent.
+    """
 
     disk: str
     identity: str
@@ -24,10 +27,15 @@ class EntryDisk(msgspec.Struct, frozen=True):
     since: int
     compare: bool
     base_root: bytes
+    scan_root: bytes | None = None
 
 
 class PushEntry(msgspec.Struct, frozen=True):
-    """A push that is not settled. Without ``disks`` its snapshot may be half made, and nothing was sent."""
+    """A push that is not settled. Without ``disks`` its snapshot may be half made, and nothing was sent.
+
+    ``resync``: why all disks are compared with the receiver's digests. ``scanned``: the snapshot is there, all disks were
+    read, and their maps are durable.
+    """
 
     push_id: str
     kind: PushKind
@@ -39,6 +47,8 @@ class PushEntry(msgspec.Struct, frozen=True):
     started_us: int
     taken_at_us: int = 0
     disks: tuple[EntryDisk, ...] | None = None
+    resync: str | None = None
+    scanned: bool = False
 
     @classmethod
     def begin(cls, start: Start, reference: str | None, epoch: int, now_us: int) -> PushEntry:
@@ -52,12 +62,24 @@ class PushEntry(msgspec.Struct, frozen=True):
             reference=reference,
             epoch=epoch,
             started_us=now_us,
+            resync=start.reason if start.resync else None,
         )
 
     @property
     def snapshot(self) -> SnapshotName:
         """The snapshot's name at the source."""
         return SnapshotName(self.push_id, self.reference)
+
+    @property
+    def rests_on_reference(self) -> bool:
+        """Whether its changes are those since the reference. Else the reference only goes when it is committed."""
+        return self.reference is not None and self.kind is PushKind.CYCLE and self.resync is None
+
+    @property
+    def is_compared(self) -> bool:
+        """Whether all disks are read in full for it: nothing rests on change tracking."""
+        disks = self.disks or ()
+        return all(disk.compare or disk.since == self.point for disk in disks)
 
     def unfinished(self) -> Unfinished:
         """As the plan sees it."""

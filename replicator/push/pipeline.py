@@ -4,25 +4,45 @@
 from __future__ import annotations
 
 import math
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
+import time
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterable,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Iterator,
+)
 from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Generic, TypeVar
 
 import trio
 
-from replicator.disk import DiskView, Extent, split, widen
+from replicator.disk import DiskView, Extent, ReadsNow, split, widen
 from replicator.imagemap import ImageMap
 from replicator.nursery import flat_nursery
 from replicator.phcbt.encode import encode_chunk, zero_record
-from replicator.phcbt.format import EncodedRecord, StreamHeader
+from replicator.phcbt.format import Codec, EncodedRecord, StreamHeader
+from replicator.push.compression import Compression
+from replicator.wire.buffers import Buffers
 
 T = TypeVar("T")
 R = TypeVar("R")
 
-#: Chunks being read or encoded at once. With the chunk size it bounds a push's memory.
+#: Groups of chunks being read or encoded at once. With the chunk size and the group it bounds a push's memory.
 DEPTH = 6
+#: Chunks that one thread reads and encodes before it hands them on: to go to a thread and back costs as much as a chunk.
+GROUP = 3
 #: Extents looked at together before they are widened to grains.
 _BATCH = 1024
+
+
+#: To digest so much, unpacked, takes less time than to give it to another thread.
+_INLINE_MAX = 256 << 10
+#: Records that need less than this part of a chunk's buffer are copied out of it, so that few buffers wait to be sent.
+_WORTH_KEEPING = 4
 
 
 class _Slot(Generic[R]):
@@ -69,6 +89,21 @@ async def ordered(
         nursery.start_soon(feed, nursery)
         yield made
         nursery.cancel_scope.cancel()
+
+
+async def grouped(
+    extents: AsyncGenerator[Extent, None], count: int
+) -> AsyncGenerator[list[Extent], None]:
+    """The extents in groups of ``count``; the last may be smaller."""
+    group: list[Extent] = []
+    async with aclosing(extents):
+        async for extent in extents:
+            group.append(extent)
+            if len(group) == count:
+                yield group
+                group = []
+    if group:
+        yield group
 
 
 async def chunks(
@@ -126,6 +161,24 @@ async def chunks_to_compare(
         yield hull
 
 
+async def chunks_of(
+    extents: AsyncIterable[Extent], header: StreamHeader, size: int, start: int
+) -> AsyncGenerator[Extent, None]:
+    """These ascending extents from byte ``start`` on: whole grains, cut at chunk borders."""
+    async for extent in extents:
+        for piece in _from(widen([extent], header.grain, size), start, header.chunk):
+            yield piece
+
+
+def _own(record: EncodedRecord) -> EncodedRecord:
+    """The record with a payload of its own."""
+    return (
+        record
+        if isinstance(record.payload, bytes)
+        else replace(record, payload=bytes(record.payload))
+    )
+
+
 def _join(hull: Extent | None, extent: Extent, chunk: int) -> tuple[Extent | None, Extent]:
     """The hull that is complete now, if any, and the one that goes on."""
     if hull is None or hull.offset // chunk != extent.offset // chunk:
@@ -140,6 +193,18 @@ def _recorded(known: ImageMap, header: StreamHeader, start: int, size: int) -> I
         yield Extent(offset, min(offset + run.count * header.grain, size) - offset)
 
 
+@dataclass(slots=True)
+class Encoded:
+    """A chunk's records, up to disk byte ``end``; ``buffer`` holds the bytes of those that are not compressed. ``seconds``:
+    what it took to encode them.
+    """
+
+    end: int
+    records: list[EncodedRecord]
+    buffer: memoryview | None = None
+    seconds: float = 0.0
+
+
 class Encoder:
     """Makes the records of one disk; ``known`` is given when changes must be found by comparing."""
 
@@ -147,22 +212,79 @@ class Encoder:
         self,
         view: DiskView,
         header: StreamHeader,
-        level: int | None,
+        compression: Compression,
         known: ImageMap | None,
         cpus: trio.CapacityLimiter,
     ) -> None:
         self._view = view
+        self._reads_now = view if isinstance(view, ReadsNow) else None
         self._header = header
-        self._level = level
+        self._compression = compression
         self._known = known
         self._cpus = cpus
+        self._buffers = Buffers(header.chunk)
 
-    async def encode(self, extent: Extent) -> list[EncodedRecord]:
-        """The records for one chunk; none if nothing in it changed."""
+    def group_of(self, most: int) -> int:
+        """How many chunks to give to ``encode`` together, at most ``most``: many where one thread reads and encodes them, else
+        one, so that many reads are under way.
+        """
+        return most if self._reads_now is not None else 1
+
+    async def encode(self, extents: list[Extent]) -> list[Encoded]:
+        """The records of some chunks; none of one in which nothing changed."""
+        if self._reads_now is None:
+            return [await self._encode_one(extent) for extent in extents]
+        work = [(extent, self._compression.next_level()) for extent in extents]
+        read = partial(self._read_all, self._reads_now, work)
+        found = await trio.to_thread.run_sync(read, limiter=self._cpus)
+        for (_, level), encoded in zip(work, found, strict=True):
+            self._note(level, encoded)
+        return found
+
+    def _read_all(self, view: ReadsNow, work: list[tuple[Extent, int | None]]) -> list[Encoded]:
+        return [
+            Encoded(extent.end, self._zeros(extent))
+            if extent.zero
+            else self._read_and_encode(view, extent, level)
+            for extent, level in work
+        ]
+
+    async def _encode_one(self, extent: Extent) -> Encoded:
         if extent.zero:
-            return self._zeros(extent)
+            return Encoded(extent.end, self._zeros(extent))
+        level = self._compression.next_level()
         plain = await self._view.read(extent.offset, extent.length)
-        return await trio.to_thread.run_sync(self._encode, extent.offset, plain, limiter=self._cpus)
+        if level is None and extent.length <= _INLINE_MAX:
+            encoded = self._encode(extent, plain, level)
+        else:
+            work = partial(self._encode, extent, plain, level)
+            encoded = await trio.to_thread.run_sync(work, limiter=self._cpus)
+        self._note(level, encoded)
+        return encoded
+
+    def _note(self, level: int | None, encoded: Encoded) -> None:
+        data = [record for record in encoded.records if not record.is_zero]
+        payload = sum(len(record.payload) for record in data)
+        self._compression.packed(level, sum(r.length for r in data), payload, encoded.seconds)
+
+    def sent(self, encoded: Encoded) -> None:
+        """Nothing of it is needed any more."""
+        if encoded.buffer is not None:
+            self._buffers.give(encoded.buffer)
+
+    def _read_and_encode(self, view: ReadsNow, extent: Extent, level: int | None) -> Encoded:
+        buffer = self._buffers.take()
+        view.read_now(extent.offset, buffer[: extent.length])
+        plain = buffer.obj
+        assert isinstance(plain, bytearray)
+        encoded = self._encode(extent, plain, level)
+        kept = [r for r in encoded.records if r.payload and r.head.codec is Codec.NONE]
+        if sum(len(record.payload) for record in kept) <= len(buffer) // _WORTH_KEEPING:
+            encoded.records = [_own(record) for record in encoded.records]
+            self._buffers.give(buffer)
+        else:
+            encoded.buffer = buffer
+        return encoded
 
     def _zeros(self, extent: Extent) -> list[EncodedRecord]:
         # Without a base everything is zeros to begin with.
@@ -170,16 +292,16 @@ class Encoder:
             return []
         return [zero_record(self._header, extent.offset, extent.length)]
 
-    def _encode(self, offset: int, plain: bytes) -> list[EncodedRecord]:
+    def _encode(self, extent: Extent, plain: bytes | bytearray, level: int | None) -> Encoded:
         records: list[EncodedRecord] = []
-        for begin, end in self._changed(offset, plain):
-            part = plain if end - begin == len(plain) else plain[begin:end]
-            records += encode_chunk(self._header, offset + begin, part, self._level)
+        offset, started = extent.offset, time.perf_counter()
+        for begin, end in self._changed(offset, memoryview(plain)[: extent.length]):
+            records += encode_chunk(self._header, offset, plain, level, start=begin, end=end)
         if self._header.is_full:
             records = [record for record in records if not record.is_zero]
-        return records
+        return Encoded(extent.end, records, seconds=time.perf_counter() - started)
 
-    def _changed(self, offset: int, plain: bytes) -> list[tuple[int, int]]:
+    def _changed(self, offset: int, plain: memoryview) -> list[tuple[int, int]]:
         """The ranges of ``plain`` that differ from what is known, in whole grains."""
         if self._known is None:
             return [(0, len(plain))]

@@ -17,6 +17,15 @@ class Want(StrEnum):
     SEED_AGAIN = "seed again"
     PUSH = "push"
     RUN = "run"
+    RESYNC = "resync"
+
+
+class OnLoss(StrEnum):
+    """``on_reference_loss``: what is done where no cycle can go on from what this side knows."""
+
+    RESYNC = "resync"
+    SEED = "seed"
+    FAIL = "fail"
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,24 +40,37 @@ class Unfinished:
 
 @dataclass(frozen=True, slots=True)
 class Local:
-    """What the source's log says. ``newest``: the point that a cycle can go on from, None if there is none."""
+    """What the source's log says. ``newest``: the point that a cycle can go on from, None if there is none.
+
+    ``suspect``: why no cycle may go on from it all the same. ``again``: why a resync was begun that was cut.
+    ``incomparable``: why the receiver cannot be compared with.
+    """
 
     newest: PointRef | None
     epoch: int
     unfinished: Unfinished | None
     #: The greatest number that a point of this VM ever had here; it is not used again.
     last: int = 0
+    #: Whether there ever was one here.
+    seeded: bool = False
+    suspect: str | None = None
+    again: str | None = None
+    incomparable: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """Begin a push that makes ``point`` on ``parent`` (0 = none). ``reason`` is for the operator."""
+    """Begin a push that makes ``point`` on ``parent`` (0 = none). ``reason`` is for the operator.
+
+    ``resync``: a cycle whose changes are found by comparing all disks with the receiver's digests of ``parent``.
+    """
 
     kind: PushKind
     point: int
     parent: int
     parent_root: bytes | None
     reason: str
+    resync: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +96,7 @@ class Refuse:
 Action = Start | Resume | GiveUp | Refuse
 
 
-def plan(local: Local, remote: VmState, want: Want) -> Action:
+def plan(local: Local, remote: VmState, want: Want, on_loss: OnLoss = OnLoss.RESYNC) -> Action:
     """The next action. Never raises."""
     if remote.epoch > local.epoch:
         return Refuse(
@@ -84,26 +106,26 @@ def plan(local: Local, remote: VmState, want: Want) -> Action:
         )
     if local.unfinished is not None:
         return _plan_unfinished(local.unfinished, remote)
-    in_step = remote.newest is not None and remote.newest == local.newest
-    if want is Want.SEED:
-        if in_step and remote.newest is not None:
-            return Refuse(
-                f"already seeded, point {remote.newest.number} is on both sides: use push"
-                " (or seed --again, to send everything once more)"
-            )
-        return _seed(local, remote)
-    if want is Want.SEED_AGAIN:
-        return _seed(local, remote, "asked for once more" if in_step else None)
-    if in_step and remote.newest is not None:
-        at = remote.newest
-        return Start(
-            PushKind.CYCLE, at.number + 1, at.number, at.root, "changes since the last point"
+    at = remote.newest
+    in_step = at is not None and at == local.newest
+    if want is Want.SEED and in_step:
+        assert at is not None
+        return Refuse(
+            f"already seeded, point {at.number} is on both sides: use push"
+            " (or seed --again, to send everything once more)"
         )
-    if want is Want.RUN:
-        return _seed_unasked(local, remote)
-    if remote.newest is None:
-        return Refuse("the receiver has no point of this VM: run replctl seed first")
-    return Refuse(f"{_why_apart(local, remote)}: run replctl seed")
+    if want in (Want.SEED, Want.SEED_AGAIN):
+        return _seed(local, remote, "asked for once more" if in_step else None)
+    if at is None:
+        return _without_points(local, remote, want, on_loss)
+    if want is Want.RESYNC:
+        return _resync(local, at, "asked for" if in_step else _why_apart(local, remote))
+    if local.again is not None and local.incomparable is None:
+        return _resync(local, at, local.again)
+    if in_step and local.suspect is None:
+        reason = "changes since the last point"
+        return Start(PushKind.CYCLE, at.number + 1, at.number, at.root, reason)
+    return _lost(local, remote, at, on_loss)
 
 
 def _plan_unfinished(unfinished: Unfinished, remote: VmState) -> Action:
@@ -120,14 +142,43 @@ def _plan_unfinished(unfinished: Unfinished, remote: VmState) -> Action:
     )
 
 
-def _seed_unasked(local: Local, remote: VmState) -> Action:
-    """A seed that nobody asked for, unless the receiver is ahead: then this may not be the VM's source."""
-    if remote.newest is not None and remote.newest.number > local.last:
+def _without_points(local: Local, remote: VmState, want: Want, on_loss: OnLoss) -> Action:
+    """The receiver has nothing to go on from, or to compare with: only a seed can help."""
+    reason = _why_apart(local, remote)
+    if want is not Want.RUN:
+        return Refuse("the receiver has no point of this VM: run replctl seed first")
+    if local.seeded and on_loss is OnLoss.FAIL:
+        return Refuse(f"{reason}, and on_reference_loss is fail: run replctl seed")
+    return _seed(local, remote, reason)
+
+
+def _lost(local: Local, remote: VmState, at: PointRef, on_loss: OnLoss) -> Action:
+    """What nobody asked for, but the policy; unless the receiver is ahead: then this may not be the VM's source."""
+    if at.number > local.last:
         return Refuse(
-            f"the receiver has point {remote.newest.number}, which this side never pushed: another host pushes this"
-            " VM, or this side lost its state; if this is the source, run replctl seed"
+            f"the receiver has point {at.number}, which this side never pushed: another host pushes this"
+            " VM, or this side lost its state; if this is the source, run replctl resync (it sends what differs) or"
+            " replctl seed"
         )
-    return _seed(local, remote)
+    reason = local.suspect if at == local.newest else _why_apart(local, remote)
+    assert reason is not None
+    if on_loss is OnLoss.FAIL:
+        return Refuse(
+            f"{reason}, and on_reference_loss is fail: run replctl resync (it sends what differs) or"
+            " replctl seed --again"
+        )
+    if on_loss is OnLoss.SEED:
+        return _seed(local, remote, reason)
+    if local.incomparable is not None:
+        return _seed(local, remote, f"{reason}; {local.incomparable}")
+    return _resync(local, at, reason)
+
+
+def _resync(local: Local, at: PointRef, reason: str) -> Action:
+    if local.incomparable is not None:
+        return Refuse(f"{local.incomparable}: run replctl seed --again")
+    point = max(at.number, local.last) + 1
+    return Start(PushKind.CYCLE, point, at.number, at.root, reason, resync=True)
 
 
 def _seed(local: Local, remote: VmState, reason: str | None = None) -> Start:
@@ -138,7 +189,7 @@ def _seed(local: Local, remote: VmState, reason: str | None = None) -> Start:
 
 def _why_apart(local: Local, remote: VmState) -> str:
     if remote.newest is None:
-        lost = "" if local.newest is None else " any more"
+        lost = " any more" if local.seeded else ""
         return f"the receiver has no point of this VM{lost}"
     if local.newest is None:
         return f"this side has no log or no maps of point {remote.newest.number}, the receiver's newest"

@@ -8,10 +8,8 @@ our maps, journal entry gone. Each can be repeated, so a push may stop between a
 from __future__ import annotations
 
 import logging
-import os
-import random
 import time
-from collections.abc import AsyncGenerator, Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from uuid import UUID
 
@@ -20,14 +18,12 @@ import trio
 from eventsourcing.persistence import PersistenceError
 
 from replicator.config import Config
-from replicator.disk import Extent
-from replicator.domain.model import Point, PointDisk, PushKind, next_disk_name
+from replicator.domain.model import Point
 from replicator.domain.vm import ProtectedVm
 from replicator.errors import (
     DamageError,
     FencedError,
     PeerRefusedError,
-    PhcbtError,
     ReferenceLostError,
     RefusedError,
     ReplicatorError,
@@ -36,19 +32,23 @@ from replicator.errors import (
     UsageError,
     WireError,
 )
-from replicator.imagemap import vm_root
 from replicator.log import EventLog
-from replicator.push import journal, trouble
+from replicator.nursery import flat_nursery
+from replicator.push import held, journal, trouble
 from replicator.push.compare import compare_heads
-from replicator.push.connection import Connection, ConnectionLostError, connect
+from replicator.push.connection import Connection, ConnectionLostError
+from replicator.push.ending import Ending
 from replicator.push.files import PushFiles
 from replicator.push.journal import EntryDisk, PushEntry
-from replicator.push.plan import GiveUp, Local, Refuse, Resume, Start, Want, plan
-from replicator.push.schedule import backoff_s
-from replicator.push.sender import DiskJob, send_disk
+from replicator.push.link import Link
+from replicator.push.naming import name_disks, tell_gone_disks
+from replicator.push.patience import Patience
+from replicator.push.plan import GiveUp, Local, OnLoss, Refuse, Resume, Start, Want, plan
+from replicator.push.resync import Comparer, describe
+from replicator.push.sampling import ChangesMissedError
+from replicator.push.transfer import Progress, Tally, Transfer
 from replicator.sources.base import Snapshot, Source
 from replicator.wire import messages as m
-from replicator.wire.keys import PreSharedKey
 
 _logger = logging.getLogger(__name__)
 
@@ -60,27 +60,32 @@ _PLANS_MAX = 8
 _HOPELESS = {"wrong-parent", "root-mismatch", "damaged-stream", "bad-request", "shrink", "state"}
 
 
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """How far a push is: ``done`` of ``total`` bytes of a disk looked at, ``sent`` bytes on the line in all."""
+class TrackingLostError(ReplicatorError):
+    """Change tracking cannot answer, and on_reference_loss is not to compare: a new plan is needed."""
 
-    disk: str
-    done: int
-    total: int
-    sent: int
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Bytes of the disks that a resync has compared, and how many of them are in grains that differ."""
+
+    compared: int
+    differing: int
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """A push that is a recovery point now.
 
-    ``resumed``: an earlier session or process began it; ``resumed_bytes`` of its bytes were safe at the receiver already.
+    ``resumed``: an earlier session or process began it; ``resumed_bytes`` of its bytes were at the receiver already, and
+    ``resent_bytes`` that had been sent were sent again. ``compared``: what a resync has found.
     """
 
     point: Point
     resumed: bool
     reason: str
     resumed_bytes: int = 0
+    resent_bytes: int = 0
+    compared: Comparison | None = None
 
 
 class Pusher:
@@ -91,23 +96,35 @@ class Pusher:
         config: Config,
         log: EventLog,
         source: Source,
-        key: PreSharedKey,
+        link: Link,
         *,
         report: Callable[[Progress], None] = lambda _: None,
         patience_s: float = PATIENCE_S,
     ) -> None:
         self._config = config
+        self._on_loss = OnLoss(config.on_reference_loss)
         self._log = log
         self._source = source
-        self._key = key
+        self._link = link
         self._report = report
-        self._patience_s = patience_s
-        self._cpus = trio.CapacityLimiter(os.cpu_count() or 1)
+        #: When this pusher tries again, and how often it did.
+        self.patience = Patience(link, patience_s)
+        self._limits = held.HeldLimits(config, source)
+        self._interrupted: str | None = None  # why there was to be a resync, which was cut
+        self._incomparable: str | None = None  # why the receiver cannot be compared with
+        self._untracked: str | None = (
+            None  # why tracking cannot answer, where that is not to be made up for
+        )
+        self._gone_on_with = ""  # the push of which that was told
         self._swept = False
-        self._resumed_bytes = 0
-        self._vm_id = UUID(int=0)
-        self._files = PushFiles(config, self._vm_id)
         self._name = ""
+        self._become(UUID(int=0))
+
+    def _become(self, vm: UUID) -> None:
+        self._vm_id = vm
+        self._files = PushFiles(self._config, vm)
+        self._ending = Ending(self._log, self._source, self._files, vm, self._name)
+        self.transfer = Transfer(self._config, str(vm), self._name, self._files, self._report)
 
     @property
     def _vm(self) -> ProtectedVm:
@@ -123,15 +140,22 @@ class Pusher:
         Cancelled, it leaves everything as a crash would. Attempts of PUSH and RUN that fail are written down for status
         until the next point (``trouble``); a seed that is refused says nothing of the protection that there is.
         """
+        self.transfer.tally = Tally()
         try:
             outcome = await self._push_patiently(want)
         except (ReplicatorError, OSError) as error:
             await self._note_failure(want, error)
             raise
+        self._interrupted = self._incomparable = self._untracked = None
         await trouble.clear(self._log, self._vm.vm)
         return outcome
 
-    async def _note_failure(self, want: Want, error: BaseException) -> None:
+    @property
+    def reconnects(self) -> dict[str, int]:
+        """How often a broken line was made again, by VM, since this process began."""
+        return {self._name: self.patience.reconnects} if self._name else {}
+
+    async def _note_failure(self, want: Want, error: BaseException, attempts: int = 1) -> None:
         """For status. That it cannot be written down is logged: the push's own error matters more."""
         if want not in (Want.PUSH, Want.RUN):
             return
@@ -139,33 +163,53 @@ class Pusher:
         vms = [self._vm.vm] if self._vm_id.int else [vm.vm for vm in self._log.vms]
         try:
             for vm in vms:
-                await trouble.note(self._log, vm, error, time.time_ns() // 1000)
+                await trouble.note(self._log, vm, error, time.time_ns() // 1000, attempts)
         except (OSError, PersistenceError) as failure:
             _logger.error("what failed cannot be written down for status: %s", failure)
 
     async def _push_patiently(self, want: Want) -> Outcome:
-        await self._prepare()
-        attempt, reached = 0, False
-        deadline = trio.current_time() + self._patience_s
+        async def note(error: BaseException, attempts: int) -> None:
+            await self._note_failure(want, error, attempts)
+
         while True:
+            await self._prepare()
+            await self._drop_overdue()
+            outcome = None
+            async with flat_nursery() as nursery:
+                nursery.start_soon(self._watch_ages, nursery.cancel_scope)
+                outcome = await self.patience.keep_connected(
+                    lambda connection: self._session(connection, want), note
+                )
+                nursery.cancel_scope.cancel()
+            if outcome is not None:
+                return outcome
+
+    async def _watch_ages(self, scope: trio.CancelScope) -> None:
+        """Cancel ``scope`` when something has been held at the source for too long."""
+        while True:
+            await trio.sleep(held.LOOK_S)
+            entry = await journal.load(self._log, self._vm.vm)
+            if await self._limits.overdue(entry, self._vm.newest) is not None:
+                scope.cancel()
+
+    async def _drop_overdue(self) -> None:
+        """Let go of what has been held at the source for too long; the receiver is told if it can be reached."""
+        entry = await journal.load(self._log, self._vm.vm)
+        overdue = await self._limits.overdue(entry, self._vm.newest)
+        if overdue is None:
+            return
+        if entry is not None and overdue.push is not None:
             try:
-                async with connect(self._config, self._key) as connection:
-                    reached = True
-                    try:
-                        return await self._session(connection, want)
-                    finally:
-                        # Only what became durable counts: a line that breaks at the same place each time leads nowhere.
-                        if connection.progressed:
-                            attempt, deadline = 0, trio.current_time() + self._patience_s
-            except ConnectionLostError as error:
-                endless = self._patience_s == float("inf")
-                if not endless and (not reached or trio.current_time() > deadline):
-                    raise
-                pause = backoff_s(attempt, random.random())
-                _logger.warning("%s; trying again in %.1f s", error, pause)
-                await self._note_failure(want, error)
-                attempt += 1
-                await trio.sleep(pause)
+                async with self._link.connect() as connection:
+                    await self._ending.abandon(entry, overdue.push, connection)
+            except (ConnectionLostError, WireError, PeerRefusedError) as error:
+                _logger.warning("the receiver cannot be told: %s", error)
+                await self._ending.abandon(entry, overdue.push, None)
+        if overdue.reference is not None:
+            _logger.warning("%s: the reference is let go of: %s", self._name, overdue.reference)
+            await self._source.sweep(None, None)
+            async with self._log.change(self._vm_id) as vm:
+                vm.lose_tracking(overdue.reference)
 
     async def _prepare(self) -> None:
         identity = await self._source.identify()
@@ -173,14 +217,15 @@ class Pusher:
             raise UsageError(
                 f"vm: {identity.name[:80]!r} cannot be the name of a VM (1 to 255 characters, no slash)"
             )
-        self._vm_id, self._name = identity.uuid, identity.name
         await self._log.register(identity.uuid, identity.name, "source")
-        self._files = PushFiles(self._config, identity.uuid)
+        if (identity.uuid, identity.name) != (self._vm_id, self._name):
+            self._name = identity.name
+            self._become(identity.uuid)
         await trio.to_thread.run_sync(self._files.prepare)
         entry = await journal.load(self._log, self._vm.vm)
         newest = self._vm.newest
         if entry is not None and newest is not None and newest.push_id == entry.push_id:
-            await self._settle(entry, newest)
+            await self._ending.settle(entry, newest)
             entry = None
         if not self._swept:
             reference = newest.push_id if newest else None
@@ -203,22 +248,32 @@ class Pusher:
     async def _session(self, connection: Connection, want: Want) -> Outcome:
         for _ in range(_PLANS_MAX):
             state = await connection.ask(m.Query(self._vm.vm, self._name), m.VmState)
+            await self._tell_doubt(connection, state)
             entry = await journal.load(self._log, self._vm.vm)
-            match plan(await self._local(entry), state, want):
+            match plan(await self._local(entry), state, want, self._on_loss):
                 case Refuse(reason, fenced):
                     raise FencedError(reason) if fenced else RefusedError(reason)
                 case GiveUp(reason):
                     assert entry is not None
-                    await self._abandon(entry, reason, connection)
+                    await self._ending.abandon(entry, reason, connection)
                 case Resume():
                     assert entry is not None
-                    if (outcome := await self._resume(connection, entry, state)) is not None:
+                    outcome = await self._resume(connection, entry, state)
+                    if outcome is not None and (want is not Want.RESYNC or entry.resync):
                         return outcome
                 case Start() as start:
-                    return await self._start(connection, start)
+                    if (outcome := await self._start(connection, start)) is not None:
+                        return outcome
         raise WireError(
             "the receiver's state does not settle: it answers each plan with another point"
         )
+
+    async def _tell_doubt(self, connection: Connection, state: m.VmState) -> None:
+        """Have the receiver mark the points that may lack changes."""
+        missed = self._vm.suspect
+        if missed is not None and state.newest is not None:
+            said = m.Doubt(self._vm.vm, self._name, missed.disk, missed.offset, missed.point)
+            await connection.ask(said, m.VmState)
 
     async def _local(self, entry: PushEntry | None) -> Local:
         newest = self._vm.newest
@@ -231,113 +286,142 @@ class Pusher:
                 _logger.error("%s: the map of %s is lost or damaged", self._name, misfit)
         unfinished = entry.unfinished() if entry is not None else None
         last = max(newest.number if newest is not None else 0, self._vm.abandoned_point)
-        return Local(reference, self._vm.epoch, unfinished, last)
+        missed = self._vm.suspect
+        return Local(
+            reference,
+            self._vm.epoch,
+            unfinished,
+            last,
+            seeded=newest is not None,
+            suspect=str(ChangesMissedError(missed)) if missed is not None else self._untracked,
+            again=self._interrupted,
+            incomparable=self._incomparable,
+        )
 
-    async def _start(self, connection: Connection, start: Start) -> Outcome:
-        newest = self._vm.newest
-        reference = newest.push_id if newest is not None and start.kind is PushKind.CYCLE else None
-        _logger.info("%s of %s to point %d: %s", start.kind, self._name, start.point, start.reason)
+    async def _start(self, connection: Connection, start: Start) -> Outcome | None:
+        """Begin a push; None if it had to be given up, and a new plan is needed."""
+        # Also where all is read: what this snapshot replaces is to go when it is committed.
+        reference = self._vm.newest.push_id if self._vm.newest is not None else None
+        what = "resync" if start.resync else start.kind
+        _logger.info("%s of %s to point %d: %s", what, self._name, start.point, start.reason)
+        await self._limits.make_room(reference)
         entry = PushEntry.begin(start, reference, self._vm.epoch, time.time_ns() // 1000)
         await journal.store(self._log, self._vm.vm, entry)
         await trio.to_thread.run_sync(self._files.begin, entry)
         snapshot = await self._source.take(entry.snapshot)
         try:
-            try:
-                disks = await self._name_disks(entry, snapshot)
-            except RefusedError as error:
-                await self._abandon(entry, str(error), None, raised=True)
-                raise
-            entry = msgspec.structs.replace(entry, taken_at_us=snapshot.taken_at_us, disks=disks)
-            await journal.store(self._log, self._vm.vm, entry)
-            return await self._push(connection, entry, snapshot, start.reason, resumed=False)
+            return await self._go_on(connection, entry, snapshot, start.reason, resumed=False)
         finally:
             await _close(snapshot)
 
-    async def _name_disks(self, entry: PushEntry, snapshot: Snapshot) -> tuple[EntryDisk, ...]:
-        """Which disk is which, from its identity; raises RefusedError for one that shrank."""
-        vm = self._vm
-        names, taken = vm.disk_names(), list(vm.disk_names().values())
-        self._tell_changed_disks(entry, snapshot)
+    async def _go_on(
+        self,
+        connection: Connection,
+        entry: PushEntry,
+        snapshot: Snapshot,
+        reason: str,
+        *,
+        resumed: bool,
+    ) -> Outcome | None:
+        """Go on with a push whose snapshot is there; None if a new plan is needed."""
+        if entry.disks is None:
+            scans: dict[str, bytes] = {}
+            try:
+                if entry.resync is not None:
+                    scans = await self._compare(connection, entry, snapshot)
+                disks = await self._name_disks(entry, snapshot, scans)
+            except TrackingLostError as error:
+                await self._ending.abandon(entry, str(error), None)
+                self._untracked = str(error)
+                return None
+            except PeerRefusedError as error:
+                await self._ending.abandon(entry, str(error), None)
+                if error.code == "root-mismatch":
+                    self._incomparable = str(error)
+                elif error.code != "wrong-parent":
+                    raise
+                return None
+            except (RefusedError, DamageError, StateError, SnapshotGoneError) as error:
+                await self._ending.abandon(entry, str(error), None, raised=True)
+                raise
+            entry = msgspec.structs.replace(entry, taken_at_us=snapshot.taken_at_us, disks=disks)
+            await journal.store(self._log, self._vm.vm, entry)
+        return await self._push(connection, entry, snapshot, reason, resumed=resumed)
+
+    async def _compare(
+        self, connection: Connection, entry: PushEntry, snapshot: Snapshot
+    ) -> dict[str, bytes]:
+        """Take the receiver's newest point for ours; the root that each disk was read to have, by identity."""
+
+        def report(disk: str, done: int, total: int) -> None:
+            self._report(Progress(f"{disk} (compared)", done, total, 0))
+
+        comparer = Comparer(
+            connection,
+            self._files,
+            self._vm_id,
+            self._name,
+            chunk=self._config.chunk,
+            cpus=self.transfer.cpus,
+            report=report,
+        )
+        there = await describe(connection, self._vm_id, self._name, entry)
+        if not entry.scanned:
+            await comparer.scan(entry, snapshot, there)
+            entry = msgspec.structs.replace(entry, scanned=True)
+            await journal.store(self._log, self._vm.vm, entry)
+        scans = await comparer.fetch(entry, snapshot, there)
+        async with self._log.change(self._vm_id) as vm:
+            vm.compare_disks(there.point, entry.resync or "")
+        return scans
+
+    async def _name_disks(
+        self, entry: PushEntry, snapshot: Snapshot, scans: dict[str, bytes]
+    ) -> tuple[EntryDisk, ...]:
+        """Which disk is which; raises RefusedError for one that shrank."""
+        tell_gone_disks(self._vm, entry, snapshot)
         lost = snapshot.lost_tracking
-        if lost is not None and entry.kind is PushKind.CYCLE:
+        if lost is not None and entry.rests_on_reference:
+            async with self._log.change(self._vm_id) as changing:
+                changing.lose_tracking(lost)
+            if self._on_loss is not OnLoss.RESYNC:
+                raise TrackingLostError(f"change tracking was lost: {lost}")
+            # Our map of the last point is the receiver's, by its root: that is compared with.
             _logger.warning(
                 "%s: comparing digests instead of change tracking: %s", self._name, lost
             )
-            async with self._log.change(self._vm_id) as changing:
-                changing.lose_tracking(lost)
-        result: list[EntryDisk] = []
-        for disk in snapshot.disks:
-            name = names.get(disk.identity)
-            if name is None:
-                wanted = disk.identity if _is_disk_name(disk.identity) else None
-                name = wanted if wanted and wanted not in taken else next_disk_name(taken)
-                taken.append(name)
-                if vm.newest is not None:
-                    _logger.info("%s: %s (%s) is new", self._name, name, disk.identity)
-            old = vm.newest.disk(name) if vm.newest and disk.identity in names else None
-            size = disk.view.size
-            if entry.kind is PushKind.SEED or old is None:
-                result.append(EntryDisk(name, disk.identity, size, entry.point, False, bytes(32)))
-                continue
-            if size < old.size:
-                raise RefusedError(
-                    f"{name} ({disk.identity}) shrank from {old.size} to {size} bytes, which a cycle cannot"
-                    " carry: give it back its size, or run replctl seed --again"
-                )
-            compare = lost is not None or not await _tracks(disk.view.extents(entry.reference))
-            result.append(EntryDisk(name, disk.identity, size, old.since, compare, old.root))
-        return tuple(result)
-
-    def _tell_changed_disks(self, entry: PushEntry, snapshot: Snapshot) -> None:
-        """Log which disks come and go with this push."""
-        newest = self._vm.newest
-        if newest is None:
-            return
-        there = {disk.identity for disk in snapshot.disks}
-        for old in newest.disks:
-            if old.identity not in there:
-                _logger.warning(
-                    "%s: %s (%s) is gone: it is not protected any more from point %d on",
-                    self._name,
-                    old.disk,
-                    old.identity,
-                    entry.point,
-                )
+        return await name_disks(self._vm, entry, snapshot, scans)
 
     async def _resume(
         self, connection: Connection, entry: PushEntry, state: m.VmState
     ) -> Outcome | None:
         """Go on with a push; None if it had to be given up, and a new plan is needed."""
-        if entry.disks is None:
-            await self._abandon(entry, "its snapshot was not finished", None)
+        if entry.disks is None and not entry.scanned:
+            await self._ending.abandon(entry, "its snapshot was not finished", None)
+            self._interrupted = entry.resync
             return None
         if state.newest is not None and state.newest.push_id == entry.push_id:
-            if not await self._still_known(entry):
+            if not await self._ending.still_known(entry):
                 return None
-            answer = await connection.ask(self._open(entry, [0] * len(entry.disks)), m.Committed)
-            point = await self._committed(entry, answer)
+            have = [0] * len(entry.disks or ())
+            answer = await connection.ask(self.transfer.open(entry, have), m.Committed)
+            point = await self._ending.commit(entry, answer)
             await compare_heads(connection, self._log, self._vm_id, self._name)
             return Outcome(point, True, "it was committed already")
         try:
             snapshot = await self._source.reopen(entry.snapshot)
         except SnapshotGoneError as error:
-            await self._abandon(entry, str(error), connection)
+            await self._ending.abandon(entry, str(error), connection)
+            self._interrupted = entry.resync
             return None
         try:
-            _logger.info("going on with the %s to point %d", entry.kind, entry.point)
-            return await self._push(connection, entry, snapshot, "went on", resumed=True)
+            # Once for each push: a line that breaks all the time must not fill the log.
+            level = logging.DEBUG if self._gone_on_with == entry.push_id else logging.INFO
+            self._gone_on_with = entry.push_id
+            _logger.log(level, "going on with the %s to point %d", entry.kind, entry.point)
+            return await self._go_on(connection, entry, snapshot, "went on", resumed=True)
         finally:
             await _close(snapshot)
-
-    async def _still_known(self, entry: PushEntry) -> bool:
-        """Whether this side can say what a committed push brought; if not, it is given up, and the next push seeds."""
-        try:
-            await trio.to_thread.run_sync(self._files.final_disks, entry)
-        except (OSError, PhcbtError, DamageError, StateError) as error:
-            reason = f"the receiver has it, but this side lost what it sent: {error}"
-            await self._abandon(entry, reason, None)
-            return False
-        return True
 
     async def _push(
         self,
@@ -347,199 +431,45 @@ class Pusher:
         reason: str,
         *,
         resumed: bool,
-    ) -> Outcome:
+    ) -> Outcome | None:
+        compared = None
         try:
-            answer = await self._send(connection, entry, snapshot)
+            if entry.resync is not None:
+                compared = Comparison(*await trio.to_thread.run_sync(self._files.differing, entry))
+                _logger.info(
+                    "%s: %d of %d bytes differ", self._name, compared.differing, compared.compared
+                )
+            answer, sampled = await self.transfer.send(connection, entry, snapshot)
         except PeerRefusedError as error:
             if error.code in _HOPELESS:
-                await self._abandon(entry, str(error), None, raised=True)
+                await self._ending.abandon(entry, str(error), None, raised=True)
                 if error.code == "root-mismatch":
                     await trio.to_thread.run_sync(self._files.forget_maps)
+                    if entry.resync is not None:
+                        self._incomparable = f"a resync was refused: {error.reason}"
             raise
+        except ChangesMissedError as error:
+            async with self._log.change(self._vm_id) as vm:
+                vm.miss_changes(error.missed)
+            await self._ending.abandon(entry, str(error), connection)
+            return None
         except (DamageError, StateError) as error:
             # A map of ours is damaged or gone. Told to the receiver, which would keep what has landed.
-            await self._abandon(entry, str(error), connection, raised=True)
+            await self._ending.abandon(entry, str(error), connection, raised=True)
             await trio.to_thread.run_sync(self._files.forget_maps)
             raise
         except (SnapshotGoneError, ReferenceLostError) as error:
-            await self._abandon(entry, str(error), None, raised=True)
+            await self._ending.abandon(entry, str(error), None, raised=True)
             raise
-        point = await self._committed(entry, answer)
+        point = await self._ending.commit(entry, answer, sampled)
         await compare_heads(connection, self._log, self._vm_id, self._name)
-        return Outcome(point, resumed, reason, self._resumed_bytes)
-
-    async def _send(
-        self, connection: Connection, entry: PushEntry, snapshot: Snapshot
-    ) -> m.Committed:
-        views = {disk.identity: disk.view for disk in snapshot.disks}
-        jobs: list[DiskJob] = []
-        try:
-            for index, disk in enumerate(entry.disks or ()):
-                view = views.get(disk.identity)
-                if view is None or view.size != disk.size:
-                    raise SnapshotGoneError(f"{disk.disk} is not in the snapshot as it was")
-                jobs.append(
-                    await trio.to_thread.run_sync(self._files.job, entry, index, disk, view)
-                )
-            for _ in range(3):
-                have = [job.spool.writer.position for job in jobs]
-                ready = await connection.ask(self._open(entry, have), m.Ready, m.Committed)
-                if isinstance(ready, m.Committed):
-                    return ready
-                if len(ready.positions) != len(jobs):
-                    raise WireError("the receiver is ready for another number of disks")
-                for job, position in zip(jobs, ready.positions, strict=True):
-                    await trio.to_thread.run_sync(job.spool.rewind, position)
-                if [job.spool.writer.position for job in jobs] == list(ready.positions):
-                    break
-            else:
-                raise WireError("the receiver cannot go on where this side can")
-            connection.begin(ready.positions)
-            self._resumed_bytes = sum(ready.positions)
-            if self._resumed_bytes:
-                _logger.info("%d bytes are safe at the receiver already", self._resumed_bytes)
-            for job in jobs:
-                await send_disk(job, connection, self._cpus, self._progress(jobs, job))
-            await snapshot.check()
-            disks = await trio.to_thread.run_sync(self._files.final_disks, entry)
-            return await connection.ask(self._finish(entry, disks, jobs), m.Committed)
-        finally:
-            for job in jobs:
-                job.close()
-
-    def _progress(self, jobs: list[DiskJob], job: DiskJob) -> Callable[[int], None]:
-        def report(done: int) -> None:
-            sent = sum(each.spool.writer.position for each in jobs)
-            self._report(Progress(job.disk, done, job.view.size, sent))
-
-        return report
-
-    def _open(self, entry: PushEntry, have: Iterable[int]) -> m.Open:
-        disks = tuple(
-            m.OpenDisk(disk.disk, disk.identity, disk.size, disk.since, position)
-            for disk, position in zip(entry.disks or (), have, strict=True)
-        )
-        return m.Open(
-            vm=self._vm.vm,
-            name=self._name,
-            epoch=entry.epoch,
-            push_id=entry.push_id,
-            kind=entry.kind,
-            point=entry.point,
-            parent=entry.parent,
-            parent_root=entry.parent_root,
-            taken_at_us=entry.taken_at_us,
-            disks=disks,
-        )
-
-    def _finish(self, entry: PushEntry, disks: list[PointDisk], jobs: list[DiskJob]) -> m.Finish:
-        return m.Finish(
-            push_id=entry.push_id,
-            root=vm_root([(disk.disk, disk.size, disk.root) for disk in disks]),
-            disks=tuple(
-                m.FinalDisk(disk.root, job.spool.writer.root)
-                for disk, job in zip(disks, jobs, strict=True)
-            ),
-            duration_us=_since_us(entry.started_us),
-        )
-
-    # After the receiver's commit
-
-    async def _committed(self, entry: PushEntry, answer: m.Committed) -> Point:
-        disks = await trio.to_thread.run_sync(self._files.final_disks, entry)
-        root = vm_root([(disk.disk, disk.size, disk.root) for disk in disks])
-        if answer.push_id != entry.push_id or answer.point != entry.point or answer.root != root:
-            raise WireError(
-                f"the receiver committed something else than point {entry.point} of ours"
-            )
-        point = Point(
-            number=entry.point,
-            parent=entry.parent,
-            push_id=entry.push_id,
-            kind=entry.kind,
-            epoch=entry.epoch,
-            taken_at_us=entry.taken_at_us,
-            committed_at_us=answer.committed_at_us,
-            duration_us=_since_us(entry.started_us),
-            bytes_pushed=answer.bytes_pushed,
-            root=root,
-            disks=tuple(disks),
-        )
-        async with self._log.change(self._vm_id) as vm:
-            vm.commit(point)
-        await self._settle(entry, point)
-        _logger.info(
-            "DR cycle complete: vm=%s cycle=%d bytes_pushed=%d",
-            self._name,
-            point.number,
-            point.bytes_pushed,
-        )
-        return point
-
-    async def _settle(self, entry: PushEntry, point: Point) -> None:
-        """What follows from our event; can be repeated."""
-        await self._source.confirm(entry.snapshot)
-        try:
-            await trio.to_thread.run_sync(self._files.advance_maps, entry, point)
-        except (DamageError, StateError) as error:
-            # Without its map the next push cannot be a cycle; the plan will see that and seed.
-            _logger.error("%s: %s", self._name, error)
-        await journal.settle(self._log, self._vm.vm)
-        await trio.to_thread.run_sync(self._files.end, entry)
-
-    async def _abandon(
-        self,
-        entry: PushEntry,
-        reason: str,
-        connection: Connection | None,
-        *,
-        raised: bool = False,
-    ) -> None:
-        """Give a push up: told to the receiver if it can be, then our event, then what the source made.
-
-        ``raised``: the reason is an error that goes on to the caller, who tells it once.
-        """
-        if raised:
-            _logger.info("the push to point %d is given up", entry.point)
-        else:
-            _logger.warning("the push to point %d is given up: %s", entry.point, reason)
-        if connection is not None:
-            abandon = m.Abandon(self._vm.vm, entry.push_id, reason[:1000])
-            state = await connection.ask(abandon, m.VmState)
-            if state.newest is not None and state.newest.push_id == entry.push_id:
-                return  # it was committed before it could be forgotten: the next plan goes on from there
-        if entry.disks is not None:
-            async with self._log.change(self._vm_id) as vm:
-                vm.abandon_push(entry.push_id, entry.point, reason)
-        await self._source.abandon(entry.snapshot)
-        await journal.settle(self._log, self._vm.vm)
-        await trio.to_thread.run_sync(self._files.end, entry)
-
-
-def _since_us(started_us: int) -> int:
-    """How long it took, by the wall clock, which may have been set back meanwhile."""
-    return max(0, time.time_ns() // 1000 - started_us)
-
-
-async def _tracks(extents: AsyncGenerator[Extent, None]) -> bool:
-    """Whether change tracking can answer for this disk."""
-    try:
-        async for _ in extents:
-            break
-    except ReferenceLostError:
-        return False
-    finally:
-        await extents.aclose()
-    return True
+        tally = self.transfer.tally
+        return Outcome(point, resumed, reason, tally.resumed, tally.resent, compared)
 
 
 async def _close(snapshot: Snapshot) -> None:
     with trio.move_on_after(10, shield=True):
         await snapshot.aclose()
-
-
-def _is_disk_name(identity: str) -> bool:
-    return identity.startswith("disk-") and identity[5:].isdigit()
 
 
 __all__ = ["Outcome", "Progress", "Pusher"]

@@ -1,29 +1,44 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""Sending one disk's stream: records go out in order, in messages of about a megabyte."""
+"""Sending the streams of a push's disks: records go out in order, in messages of about a megabyte, all disks in turn."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 
 import trio
 
 from replicator.disk import DiskView, Extent
 from replicator.imagemap import ImageMap
-from replicator.phcbt.format import EncodedRecord
+from replicator.nursery import flat_nursery
+from replicator.push.compression import Compression
 from replicator.push.connection import Connection
-from replicator.push.pipeline import DEPTH, Encoder, chunks, chunks_to_compare, ordered
+from replicator.push.differing import Differing
+from replicator.push.pipeline import (
+    DEPTH,
+    GROUP,
+    Encoded,
+    Encoder,
+    chunks,
+    chunks_of,
+    chunks_to_compare,
+    grouped,
+    ordered,
+)
 from replicator.push.spool import Spool
 from replicator.wire.messages import DATA_MAX
 
-#: zstd level of data on the line.
-LEVEL = 1
+#: Records are gathered into messages of about this size, bytes.
 _MESSAGE_TARGET = 1 << 20
+#: Chunks that each disk may have under way at least, however many disks there are.
+_DEPTH_MIN = 2
 
 
 @dataclass(slots=True)
 class DiskJob:
-    """One disk of a push. ``since`` asks change tracking; ``known`` is compared with; with neither all is sent."""
+    """One disk of a push. ``since`` asks change tracking; ``known`` is compared with; ``only`` is what a resync has found to
+    differ; with none of them all is sent.
+    """
 
     disk: str
     index: int
@@ -31,25 +46,33 @@ class DiskJob:
     since: str | None
     known: ImageMap | None
     spool: Spool
+    only: Differing | None = None
 
     def close(self) -> None:
         """Close the files."""
         self.spool.close()
         if self.known is not None:
             self.known.close()
+        if self.only is not None:
+            self.only.close()
 
 
 class _Outbox:
-    """Gathers pieces of a stream into messages."""
+    """Gathers records of a stream into messages, each of whole records where they fit."""
 
-    def __init__(self, connection: Connection, disk: int, position: int) -> None:
+    def __init__(self, connection: Connection, job: DiskJob, compression: Compression) -> None:
         self._connection = connection
-        self._disk = disk
-        self._position = position
+        self._compression = compression
+        self._disk = job.index
+        self._spool = job.spool
+        self._position = job.spool.writer.position
         self._pieces: list[bytes | memoryview] = []
         self._size = 0
 
     async def add(self, pieces: list[bytes | memoryview]) -> None:
+        size = sum(map(len, pieces))
+        if self._size + size > DATA_MAX:
+            await self.flush()
         for piece in pieces:
             view = memoryview(piece)
             while view:
@@ -66,35 +89,70 @@ class _Outbox:
         if self._size:
             pieces, self._pieces = self._pieces, []
             size, self._size = self._size, 0
-            await self._connection.data(self._disk, self._position, pieces)
+            self._spool.flush()
+            waited = await self._connection.data(self._disk, self._position, pieces)
+            self._compression.sent(size, waited)
             self._position += size
 
+    @property
+    def empty(self) -> bool:
+        return not self._size
 
-async def send_disk(
-    job: DiskJob, connection: Connection, cpus: trio.CapacityLimiter, report: Callable[[int], None]
-) -> None:
-    """Send the disk's stream from where its spool stands to its end.
 
-    Raises what the view and the connection raise; the spool then holds what was sent, or more.
-    """
-    spool = job.spool
-    box = _Outbox(connection, job.index, spool.writer.position)
-    await box.add(spool.start())
-    start = spool.writer.disk_end
+@dataclass(frozen=True, slots=True)
+class Sender:
+    """Sends the streams of a push over one connection. ``report`` gets a disk and the byte up to which it was looked at."""
+
+    connection: Connection
+    compression: Compression
+    cpus: trio.CapacityLimiter
+    report: Callable[[DiskJob, int], None]
+
+    async def send(self, jobs: list[DiskJob], *, at_once: int) -> None:
+        """Send all disks, ``at_once`` of them in turn, each from where its spool stands to its end.
+
+        Raises what the views and the connection raise; the spools then hold what was sent, or more.
+        """
+        places = trio.Semaphore(at_once)
+        depth = max(_DEPTH_MIN, DEPTH // min(at_once, len(jobs)))
+
+        async def send(job: DiskJob) -> None:
+            async with places:
+                await self._send_disk(job, depth)
+
+        async with flat_nursery() as nursery:
+            for job in jobs:
+                nursery.start_soon(send, job)
+
+    async def _send_disk(self, job: DiskJob, depth: int) -> None:
+        spool = job.spool
+        box = _Outbox(self.connection, job, self.compression)
+        await box.add(spool.start())
+        encoder = Encoder(job.view, spool.header, self.compression, job.known, self.cpus)
+        waiting: list[Encoded] = []  # their bytes are in the box
+        group_of = encoder.group_of(GROUP)
+        todo = grouped(_todo(job), group_of)
+        at_once = depth if group_of == 1 else max(_DEPTH_MIN, depth // 2)
+        async with ordered(todo, encoder.encode, at_once) as results:
+            async for group in results:
+                for encoded in group:
+                    for record in encoded.records:
+                        await box.add(spool.add(record))
+                    waiting.append(encoded)
+                    if box.empty:
+                        while waiting:
+                            encoder.sent(waiting.pop())
+                self.report(job, group[-1].end)
+        await box.add(await trio.to_thread.run_sync(spool.finish))
+        await box.flush()
+        self.report(job, job.view.size)
+
+
+def _todo(job: DiskJob) -> AsyncGenerator[Extent, None]:
+    """The chunks that are to be read, from where the spool stands."""
+    header, start = job.spool.header, job.spool.writer.disk_end
+    if job.only is not None:
+        return chunks_of(job.only(), header, job.view.size, start)
     if job.known is not None:
-        todo = chunks_to_compare(job.view, spool.header, job.known, start)
-    else:
-        todo = chunks(job.view, spool.header, job.since, start)
-    encoder = Encoder(job.view, spool.header, LEVEL, job.known, cpus)
-
-    async def encode(extent: Extent) -> tuple[int, list[EncodedRecord]]:
-        return extent.end, await encoder.encode(extent)
-
-    async with ordered(todo, encode, DEPTH) as results:
-        async for end, records in results:
-            for record in records:
-                await box.add(spool.add(record))
-            report(end)
-    await box.add(await trio.to_thread.run_sync(spool.finish))
-    await box.flush()
-    report(job.view.size)
+        return chunks_to_compare(job.view, header, job.known, start)
+    return chunks(job.view, header, job.since, start)

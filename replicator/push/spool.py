@@ -34,7 +34,7 @@ class Spool:
 
     def rewind(self, watermark: int) -> None:
         """Go back to the last place at or below ``watermark`` (of the stream) where sending can go on."""
-        self._flush()
+        self.flush()
         try:
             reader = SkeletonReader(self._file.fd)
             if reader.header != self.header:
@@ -63,9 +63,12 @@ class Spool:
     def _append(self, data: bytes) -> None:
         self._buffer += data
         if len(self._buffer) >= _FLUSH:
-            self._flush()
+            self.flush()
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
+        """Write down what was added: a process that ends loses nothing of it. A few hundred bytes a chunk, to be called
+        before they are sent, so that a later process can go on from what the receiver has.
+        """
         if self._buffer:
             self._file.write_at(self._buffer, self._length)
             self._length += len(self._buffer)
@@ -73,14 +76,14 @@ class Spool:
 
     def finish(self) -> list[bytes | memoryview]:
         """The end of the stream; the skeleton is durable then."""
-        self._flush()
+        self.flush()
         self._file.sync()
         durable.sync_dir(self.path.parent)
         return [self.writer.finish()]
 
     def close(self) -> None:
         """Close the file; it stays, with everything added."""
-        self._flush()
+        self.flush()
         self._file.close()
 
 

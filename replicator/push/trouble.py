@@ -30,14 +30,16 @@ async def load(log: EventLog, vm: str) -> Trouble | None:
     return None if found is None else msgspec.convert(found, Trouble)
 
 
-async def note(log: EventLog, vm: str, error: BaseException, now_us: int) -> None:
-    """One more attempt failed; durable on return."""
+async def note(
+    log: EventLog, vm: str, error: BaseException, now_us: int, attempts: int = 1
+) -> None:
+    """So many more attempts failed, the last of them with ``error``; durable on return."""
     before = await load(log, vm)
     trouble = Trouble(
         since_us=before.since_us if before is not None else now_us,
         at_us=now_us,
         reason=(" ".join(str(error).split()) or type(error).__name__)[:_REASON_MAX],
-        failures=before.failures + 1 if before is not None else 1,
+        failures=attempts + (before.failures if before is not None else 0),
     )
     await log.journal_put(_key(vm), msgspec.to_builtins(trouble))
 

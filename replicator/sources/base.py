@@ -34,6 +34,16 @@ class SnapshotName:
 
 
 @dataclass(frozen=True, slots=True)
+class HeldSnapshot:
+    """A snapshot of ours that takes room at the source: the push that it was made for, and when it was taken, in
+    microseconds since the epoch, UTC.
+    """
+
+    push_id: str
+    taken_at_us: int
+
+
+@dataclass(frozen=True, slots=True)
 class SourceDisk:
     """One disk of a snapshot.
 
@@ -102,6 +112,13 @@ class Source(Protocol):
         """Remove the snapshot; the reference stays and still covers all changes since.
 
         Can be repeated.
+        """
+        ...
+
+    async def held(self) -> Sequence[HeldSnapshot]:
+        """What of ours takes room on the platform for this VM, the oldest first, whoever made it.
+
+        A reference counts only where it takes room: records and bitmaps do not.
         """
         ...
 

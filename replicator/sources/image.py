@@ -28,7 +28,7 @@ from replicator import durable
 from replicator.disk import Extent
 from replicator.errors import ReferenceLostError, SnapshotGoneError, SourceError, UsageError
 from replicator.sources import snapshot_names as names
-from replicator.sources.base import SnapshotName, SourceDisk, VmIdentity
+from replicator.sources.base import HeldSnapshot, SnapshotName, SourceDisk, VmIdentity
 
 _UUID_NAMESPACE = UUID("0b7a4f6e-1c5d-5e0a-8a51-6a1f0b8f4d27")
 _IDENTITY = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}")
@@ -118,7 +118,14 @@ class ImageView:
 
     def _read(self, offset: int, length: int) -> bytes:
         buffer = bytearray(length)
-        view = memoryview(buffer)
+        self.read_now(offset, memoryview(buffer))
+        return bytes(buffer)
+
+    def read_now(self, offset: int, room: memoryview) -> None:
+        """See ``ReadsNow``."""
+        if offset < 0 or offset + len(room) > self._size:
+            raise ValueError(f"{len(room)} bytes at {offset} of an image of {self._size} bytes")
+        view = room
         try:
             while view:
                 count = os.preadv(self._fd, [view], offset)
@@ -128,7 +135,6 @@ class ImageView:
                 offset += count
         except OSError as error:
             raise SourceError(f"cannot read {self._path}: {error.strerror}") from error
-        return bytes(buffer)
 
     async def extents(self, since: str | None = None) -> AsyncGenerator[Extent, None]:
         """Everything but holes. ``since`` anything raises ReferenceLostError: nobody recorded
@@ -252,6 +258,10 @@ class ImageSource:
         """See ``Source``."""
         await trio.to_thread.run_sync(self._remove, name.push_id)
 
+    async def held(self) -> list[HeldSnapshot]:
+        """See ``Source``. Images that are read in place take no room."""
+        return await trio.to_thread.run_sync(self._held)
+
     async def sweep(self, keep: SnapshotName | None, reference: str | None) -> list[str]:
         """See ``Source``."""
         del reference
@@ -327,6 +337,18 @@ class ImageSource:
         for name in names.our_files(self._dir):
             if names.push_of_file(name) == push_id:
                 durable.unlink(self._dir / name)
+
+    def _held(self) -> list[HeldSnapshot]:
+        held = []
+        for push_id, made_us in names.held_files(self._dir).items():
+            try:
+                taken_at_us = _Record.load(self._dir, push_id).taken_at_us
+            except (
+                SourceError
+            ):  # the clones came first, or a record that is damaged: they take room all the same
+                taken_at_us = made_us
+            held.append(HeldSnapshot(push_id, taken_at_us))
+        return sorted(held, key=lambda each: each.taken_at_us)
 
     def _sweep(self, kept: str | None) -> list[str]:
         strays = [n for n in names.our_files(self._dir) if names.push_of_file(n) != kept]

@@ -28,7 +28,7 @@ from replicator.errors import SnapshotGoneError, SourceError
 from replicator.nbd.client import NbdClient
 from replicator.nbd.protocol import BASE_ALLOCATION, DIRTY_BITMAP
 from replicator.sources import snapshot_names as names
-from replicator.sources.base import SnapshotName, SourceDisk, VmIdentity
+from replicator.sources.base import HeldSnapshot, SnapshotName, SourceDisk, VmIdentity
 from replicator.sources.qemu_inventory import (
     Inventory,
     find_disks,
@@ -162,6 +162,18 @@ class QemuSource:
         async with self._removal() as removal:
             await _abandon(removal, name)
 
+    async def held(self) -> list[HeldSnapshot]:
+        """See ``Source``. The reference is a bitmap and takes no room; scratch images do."""
+        made_us = await trio.to_thread.run_sync(names.held_files, self._dir)
+        async with open_qmp(self._qmp_socket) as qmp:
+            pushes = _alive(await take_inventory(qmp)) | made_us.keys()
+        held = []
+        for push_id in pushes:
+            record = await self._load_lenient(push_id)
+            taken_at_us = record.taken_at_us if record is not None else 0
+            held.append(HeldSnapshot(push_id, taken_at_us or made_us.get(push_id, 0)))
+        return sorted(held, key=lambda each: each.taken_at_us)
+
     async def sweep(self, keep: SnapshotName | None, reference: str | None) -> list[str]:
         """See ``Source``."""
         kept = {reference}
@@ -191,7 +203,7 @@ class QemuSource:
 
     async def _known_pushes(self, qmp: QmpClient) -> set[str]:
         inventory = await take_inventory(qmp)
-        found = {names.push_of_object(name) for name in (*inventory.jobs, *inventory.exports)}
+        found: set[str | None] = set(_alive(inventory))
         for node in inventory.nodes.values():
             found |= {names.push_of_bitmap(bitmap) for bitmap in node.bitmaps}
         files = await trio.to_thread.run_sync(names.our_files, self._dir)
@@ -210,7 +222,7 @@ class QemuSource:
         is alive.
         """
         inventory = await take_inventory(qmp)
-        pushes = {names.push_of_object(o) for o in (*inventory.jobs, *inventory.exports)} - {None}
+        pushes = _alive(inventory)
         others = pushes - {name.push_id}
         strange = [
             node
@@ -338,6 +350,12 @@ class _Guard:
         except SnapshotGoneError as error:
             self._gone = str(error)
             raise
+
+
+def _alive(inventory: Inventory) -> set[str]:
+    """The pushes that have a job or an export."""
+    found = {names.push_of_object(name) for name in (*inventory.jobs, *inventory.exports)}
+    return {push for push in found if push is not None}
 
 
 async def _abandon(removal: Removal, name: SnapshotName) -> None:

@@ -19,6 +19,8 @@ from replicator.sources.base import SourceDisk
 
 #: Block status is asked for windows of this size: bounds the memory whatever the disk's size.
 WINDOW = 1 << 30
+#: To read so much takes no longer than to ask whether it reads as zeros.
+READ_RATHER_MAX = 1 << 20
 
 
 class QemuDiskView:
@@ -97,7 +99,10 @@ class QemuDiskView:
         result: list[Extent] = []
         statuses = await self._client.block_status(start, length, self._context)
         for changed in self._with_growth(statuses, start, length):
-            result += await self._allocation(changed.offset, changed.length, keep_zero=True)
+            if changed.length <= READ_RATHER_MAX:
+                result.append(changed)
+            else:
+                result += await self._allocation(changed.offset, changed.length, keep_zero=True)
         return result
 
     def _with_growth(

@@ -92,6 +92,11 @@ def is_record(name: str) -> bool:
     return name.endswith(".json")
 
 
+def is_data(name: str) -> bool:
+    """Whether a file of ours holds data of a disk: a scratch image or a clone."""
+    return name.endswith((".qcow2", ".raw"))
+
+
 def socket_key(qmp_socket: Path) -> str:
     """A short name for the QEMU process behind a QMP socket."""
     return hashlib.sha256(bytes(qmp_socket)).hexdigest()[:8]
@@ -169,3 +174,19 @@ def our_files(working_dir: Path) -> list[str]:
         return sorted(p.name for p in working_dir.iterdir() if push_of_file(p.name) is not None)
     except FileNotFoundError:
         return []
+
+
+def held_files(working_dir: Path) -> dict[str, int]:
+    """The pushes whose scratch images or clones lie in ``working_dir``, each with the time of its oldest file in microseconds
+    since the epoch. Blocking.
+    """
+    held: dict[str, int] = {}
+    for name in our_files(working_dir):
+        push_id = push_of_file(name)
+        if push_id is not None and is_data(name):
+            try:
+                made_us = (working_dir / name).stat().st_mtime_ns // 1000
+            except FileNotFoundError:
+                continue  # it was removed meanwhile
+            held[push_id] = min(made_us, held.get(push_id, made_us))
+    return held

@@ -42,7 +42,14 @@ MAGIC: Final = b"RPLW"
 VERSIONS: Final = (1,)
 SUITE_READABLE: Final = 1
 """X25519, HKDF-SHA256, HMAC-SHA256: authenticated, not encrypted."""
-SUITES: Final = (SUITE_READABLE,)
+SUITE_SEALED: Final = 2
+"""X25519, HKDF-SHA256, AES-256-GCM: authenticated and encrypted."""
+SUITES: Final = (SUITE_SEALED,)
+"""What a side speaks unless it is told otherwise."""
+SUITE_NAMES: Final[Mapping[int, str]] = MappingProxyType(
+    {SUITE_READABLE: "none", SUITE_SEALED: "aes-256-gcm"}
+)
+"""Each suite as ``dr_cipher`` calls it."""
 
 MESSAGE_BYTES_MAX: Final = 1024
 NONCE_BYTES: Final = 32
@@ -116,13 +123,15 @@ class Alert(IntEnum):
     NO_COMMON_VERSION = 2
     NO_COMMON_SUITE = 3
     MALFORMED = 4
+    CERTIFICATE_WANTED = 5
 
 
 _ALERT_TEXTS: Final[Mapping[int, str]] = MappingProxyType(
     {
         Alert.NO_COMMON_VERSION: "no protocol version in common",
-        Alert.NO_COMMON_SUITE: "no cipher suite in common",
+        Alert.NO_COMMON_SUITE: "no cipher in common: dr_cipher differs on source and receiver",
         Alert.MALFORMED: "it did not understand the handshake",
+        Alert.CERTIFICATE_WANTED: "it takes certificates only (dr_auth_cert, dr_auth_key, dr_ca_cert)",
     }
 )
 
@@ -159,7 +168,7 @@ class Ephemeral:
 
 @dataclass(frozen=True, slots=True)
 class Offer:
-    """The versions and suites that a client is ready to speak, best first."""
+    """The versions and suites that a client is ready to speak, best first; not empty."""
 
     versions: tuple[int, ...] = VERSIONS
     suites: tuple[int, ...] = SUITES
@@ -263,7 +272,7 @@ class _Handshake:
         return reply
 
     def _refuse(self, alert: Alert, reason: str) -> NoReturn:
-        self._alert = _message(Event.ALERT, bytes([alert]))
+        self._alert = alert_message(alert)
         if alert is Alert.AUTHENTICATION:
             raise AuthenticationError(reason)
         raise WireError(reason)
@@ -337,11 +346,18 @@ class ClientHandshake(_Handshake):
 
 
 class ServerHandshake(_Handshake):
-    """The side that accepts (the receiver). Feed what comes."""
+    """The side that accepts (the receiver). Feed what comes. ``suites``: those that it takes, best first."""
 
-    def __init__(self, keyring: Keyring, *, ephemeral: Ephemeral | None = None) -> None:
+    def __init__(
+        self,
+        keyring: Keyring,
+        *,
+        suites: tuple[int, ...] = SUITES,
+        ephemeral: Ephemeral | None = None,
+    ) -> None:
         super().__init__(State.SERVER_WAITS_HELLO, ephemeral)
         self._keyring = keyring
+        self._suites = suites
         self._pending: Session | None = None
         self._expected_proof = b""
         self._key_known = False
@@ -358,9 +374,13 @@ class ServerHandshake(_Handshake):
         version = _choose(VERSIONS, hello.versions)
         if version is None:
             self._refuse(Alert.NO_COMMON_VERSION, "no protocol version in common with the client")
-        suite = _choose(SUITES, hello.suites)
+        suite = _choose(self._suites, hello.suites)
         if suite is None:
-            self._refuse(Alert.NO_COMMON_SUITE, "no cipher suite in common with the client")
+            self._refuse(
+                Alert.NO_COMMON_SUITE,
+                f"no cipher in common: dr_cipher is {_suite_names(hello.suites)} on the source"
+                f" and {_suite_names(self._suites)} on the receiver",
+            )
         shared = self._exchange(hello.public)
         key, self._key_known = self._keyring.find(hello.hint)
         unsigned = _message(
@@ -384,6 +404,15 @@ class ServerHandshake(_Handshake):
             self._refuse(Alert.AUTHENTICATION, f"{MISMATCH}: the client proved no key known here")
         self._session = self._pending
         return b""
+
+
+def alert_message(alert: Alert) -> bytes:
+    """The bytes that tell the other side why no handshake will take place."""
+    return _message(Event.ALERT, bytes([alert]))
+
+
+def _suite_names(suites: tuple[int, ...]) -> str:
+    return " or ".join(SUITE_NAMES.get(suite, f"suite {suite}") for suite in suites)
 
 
 def _message(event: Event, body: bytes, *, missing_bytes: int = 0) -> bytes:

@@ -43,6 +43,14 @@ LogKey = Annotated[str, msgspec.Meta(min_length=1, max_length=400)]
 HeadText = Annotated[str, msgspec.Meta(min_length=1, max_length=4096)]
 Proof = Annotated[tuple[Root, ...], msgspec.Meta(max_length=128)]
 
+#: Pages of a map that are asked for at once, and those that fit into one answer.
+PAGES_ASKED_MAX = 256
+PAGES_SENT_MAX = 24
+PageIndex = Annotated[int, msgspec.Meta(ge=0, le=1 << 40)]
+Page = Annotated[bytes, msgspec.Meta(max_length=8192)]
+DiskSize = Annotated[int, msgspec.Meta(ge=1, le=1 << 50)]
+Identity = Annotated[str, msgspec.Meta(min_length=1, max_length=255)]
+
 RefusalCode = Literal[
     "wrong-parent", "stale-epoch", "unknown-vm", "wrong-key", "state", "busy", "shrink",
     "root-mismatch", "no-room", "bad-request", "damaged-stream", "log-broken", "failed",
@@ -115,6 +123,16 @@ class Ack(Message, frozen=True):
     position: Position
 
 
+class Landed(Message, frozen=True):
+    """Receiver: this disk's stream has come, and is checked, up to ``position``; it would not survive a power cut yet.
+
+    It bounds what is on its way and promises nothing.
+    """
+
+    disk: Annotated[int, msgspec.Meta(ge=0, lt=DISKS_MAX)]
+    position: Position
+
+
 class FinalDisk(msgspec.Struct, frozen=True):
     """What a disk must be after the push: its image root, and the root of the stream that brought it there."""
 
@@ -123,12 +141,18 @@ class FinalDisk(msgspec.Struct, frozen=True):
 
 
 class Finish(Message, frozen=True):
-    """Source: everything is sent; commit."""
+    """Source: everything is sent; commit.
+
+    ``sampled``: grains that were read although change tracking calls them unchanged, and were. ``compared``: every disk was
+    read in full.
+    """
 
     push_id: PushId
     root: Root
     disks: Annotated[tuple[FinalDisk, ...], msgspec.Meta(min_length=1, max_length=DISKS_MAX)]
     duration_us: Micros
+    sampled: Number = 0
+    compared: bool = False
 
 
 class Committed(Message, frozen=True):
@@ -175,6 +199,79 @@ class Signed(Message, frozen=True):
     head: HeadText
 
 
+class Describe(Message, frozen=True):
+    """Source: say all about the newest point that you have."""
+
+    vm: VmId
+    name: VmName
+
+
+class DiskMap(msgspec.Struct, frozen=True):
+    """One disk of a point, and the shape of the map of its digests (docs/image-root.md)."""
+
+    disk: DiskName
+    identity: Identity
+    size: DiskSize
+    root: Root
+    since: Number
+    grain: Annotated[int, msgspec.Meta(ge=4096, le=1 << 20)]
+    algorithm: Literal[1, 2]
+
+
+class Described(Message, frozen=True):
+    """Receiver: its newest point, whole. Fields as those of a point in the log."""
+
+    number: Annotated[int, msgspec.Meta(ge=1, le=1 << 48)]
+    parent: Number
+    push_id: PushId
+    kind: PushKind
+    epoch: Epoch
+    taken_at_us: Micros
+    committed_at_us: Micros
+    duration_us: Micros
+    bytes_pushed: Position
+    root: Root
+    sampled: Number
+    compared: bool
+    disks: Annotated[tuple[DiskMap, ...], msgspec.Meta(min_length=1, max_length=DISKS_MAX)]
+
+
+class AskPages(Message, frozen=True):
+    """Source: these pages of the map of the newest point's disk, which must have this root."""
+
+    vm: VmId
+    name: VmName
+    disk: DiskName
+    root: Root
+    level: Annotated[int, msgspec.Meta(ge=0, lt=5)]
+    indexes: Annotated[
+        tuple[PageIndex, ...], msgspec.Meta(min_length=1, max_length=PAGES_ASKED_MAX)
+    ]
+
+
+class Pages(Message, frozen=True):
+    """Receiver: the next of the pages asked for, in that order, each without the zeros that it ends with."""
+
+    pages: Annotated[tuple[Page, ...], msgspec.Meta(min_length=1, max_length=PAGES_SENT_MAX)]
+
+
+class PagesEnd(Message, frozen=True):
+    """Receiver: these were all."""
+
+
+class Doubt(Message, frozen=True):
+    """Source: change tracking missed a change here, so points since the last one that was read in full may lack changes.
+
+    ``point``: the newest one when it was found.
+    """
+
+    vm: VmId
+    name: VmName
+    disk: DiskName
+    offset: Annotated[int, msgspec.Meta(ge=0, le=1 << 50)]
+    point: Number
+
+
 class Abandon(Message, frozen=True):
     """Source: forget this push."""
 
@@ -200,8 +297,23 @@ class Pong(Message, frozen=True):
     """Receiver: still here. Sent in answer to Ping, and unasked while it works."""
 
 
-FromSource = Query | Open | Finish | Abandon | Compare | SourceHead | Ping
-FromReceiver = VmState | Ready | Ack | Committed | Refused | ReceiverHead | Signed | Pong
+FromSource = (
+    Query | Open | Finish | Abandon | Compare | SourceHead | Ping | Describe | AskPages | Doubt
+)
+FromReceiver = (
+    VmState
+    | Ready
+    | Ack
+    | Landed
+    | Committed
+    | Refused
+    | ReceiverHead
+    | Signed
+    | Pong
+    | Described
+    | Pages
+    | PagesEnd
+)
 
 #: What msgspec raises for bytes that are no message; text that is not UTF-8 and nesting are not its own errors.
 _UNDECODABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)

@@ -10,11 +10,18 @@ from replicator.errors import WireError
 from replicator.wire.messages import (
     Abandon,
     Ack,
+    AskPages,
     Committed,
     Compare,
     Data,
+    Describe,
+    Described,
+    Doubt,
     Finish,
+    Landed,
     Open,
+    Pages,
+    PagesEnd,
     Ping,
     Pong,
     Query,
@@ -39,10 +46,13 @@ class Phase(StrEnum):
     COMPARING = "comparing"
     COMPARED = "compared"
     SIGNING = "signing"
+    PAGING = "paging"
 
 
 #: What only the source sends; the rest comes from the receiver.
-FROM_SOURCE = (Query, Open, Data, Finish, Abandon, Compare, SourceHead)
+FROM_SOURCE = (
+    Query, Open, Data, Finish, Abandon, Compare, SourceHead, Describe, AskPages, Doubt,
+)  # fmt: skip
 
 #: (phase, message) → next phase. Ping and Pong may come at any time.
 TABLE: dict[tuple[Phase, type], Phase] = {
@@ -56,11 +66,13 @@ TABLE: dict[tuple[Phase, type], Phase] = {
     (Phase.OPENING, Refused): Phase.IDLE,
     (Phase.PUSHING, Data): Phase.PUSHING,
     (Phase.PUSHING, Ack): Phase.PUSHING,
+    (Phase.PUSHING, Landed): Phase.PUSHING,
     (Phase.PUSHING, Open): Phase.OPENING,
     (Phase.PUSHING, Abandon): Phase.ASKED,
     (Phase.PUSHING, Refused): Phase.REFUSED,
     (Phase.PUSHING, Finish): Phase.FINISHING,
     (Phase.FINISHING, Ack): Phase.FINISHING,
+    (Phase.FINISHING, Landed): Phase.FINISHING,
     (Phase.FINISHING, Committed): Phase.IDLE,
     (Phase.FINISHING, Refused): Phase.IDLE,
     # After a commit each side shows the other the head of its log.
@@ -70,15 +82,25 @@ TABLE: dict[tuple[Phase, type], Phase] = {
     (Phase.COMPARED, SourceHead): Phase.SIGNING,
     (Phase.SIGNING, Signed): Phase.IDLE,
     (Phase.SIGNING, Refused): Phase.IDLE,
+    # A resync compares digests.
+    (Phase.IDLE, Describe): Phase.ASKED,
+    (Phase.ASKED, Described): Phase.IDLE,
+    (Phase.IDLE, AskPages): Phase.PAGING,
+    (Phase.PAGING, Pages): Phase.PAGING,
+    (Phase.PAGING, PagesEnd): Phase.IDLE,
+    (Phase.PAGING, Refused): Phase.IDLE,
+    (Phase.IDLE, Doubt): Phase.ASKED,
     # Data and a Finish that were on their way when the push was refused are dropped.
     (Phase.REFUSED, Data): Phase.REFUSED,
     (Phase.REFUSED, Finish): Phase.IDLE,
     (Phase.REFUSED, Query): Phase.ASKED,
     (Phase.REFUSED, Open): Phase.OPENING,
     (Phase.REFUSED, Abandon): Phase.ASKED,
-    # An Ack may cross the message that makes it useless.
+    # These may cross the message that makes them useless.
     (Phase.ASKED, Ack): Phase.ASKED,
+    (Phase.ASKED, Landed): Phase.ASKED,
     (Phase.OPENING, Ack): Phase.OPENING,
+    (Phase.OPENING, Landed): Phase.OPENING,
 }
 
 

@@ -19,7 +19,9 @@ from typing import Final
 import trio
 
 from replicator.errors import WireError
+from replicator.wire.buffers import Buffers
 from replicator.wire.frames import (
+    BUFFER_BYTES,
     NEED_DATA,
     PAYLOAD_BYTES_MAX,
     CutError,
@@ -29,19 +31,21 @@ from replicator.wire.frames import (
 )
 from replicator.wire.handshake import (
     MESSAGE_BYTES_MAX,
+    SUITE_SEALED,
+    SUITES,
     ClientHandshake,
+    Offer,
     ServerHandshake,
     Session,
 )
 from replicator.wire.keys import Keyring, PreSharedKey
+from replicator.wire.transport import receive_into
 
 IDLE_TIMEOUT_S: Final = 60.0
 CLOSE_TIMEOUT_S: Final = 5.0
 ALERT_TIMEOUT_S: Final = 1.0
 FRAME_TIMEOUT_FACTOR: Final = 10
 """A frame once begun must be whole within this many idle timeouts, however it trickles."""
-
-_JOIN_BYTES_MAX: Final = 16 << 10
 
 
 class PeerSilentError(WireError, trio.BrokenResourceError):
@@ -52,7 +56,7 @@ class TamperedError(WireError, trio.BrokenResourceError):
     """A frame was not what the other side sent: tampering, or damage that TCP did not see."""
 
 
-class _OneTask:
+class OneTask:
     """Lets one task in; a second one is a bug of the caller's and gets ``BusyResourceError``."""
 
     def __init__(self, what: str) -> None:
@@ -81,8 +85,8 @@ class AuthenticatedStream(trio.abc.Stream):
     :meth:`receive_some` waits, and, times :data:`FRAME_TIMEOUT_FACTOR`, for a frame to be whole in
     either direction. ``math.inf`` turns it off.
 
-    MACs (about 1 ms per MiB) are computed in the trio thread: a hop to another would cost more
-    than it frees for frames of this size.
+    Frames are sealed and opened in the trio thread (0.05 ms per MiB encrypted, 0.5 ms with HMAC): a hop to another
+    thread would cost more than it frees.
     """
 
     def __init__(
@@ -96,13 +100,15 @@ class AuthenticatedStream(trio.abc.Stream):
         self._transport = transport
         self._session = session
         self._idle_timeout_s = idle_timeout_s
-        self._sealer = FrameSealer(session.send_key)
-        self._opener = FrameOpener(session.receive_key)
+        sealed = session.suite == SUITE_SEALED
+        self.buffers: Final = Buffers(BUFFER_BYTES)
+        self._sealer = FrameSealer(session.send_key, sealed=sealed)
+        self._opener = FrameOpener(session.receive_key, sealed=sealed, buffers=self.buffers)
         self._opener.receive_data(trailing_data)
         self._unread = memoryview(b"")
         self._frame_wait_s = 0.0
-        self._sending = _OneTask("sending on")
-        self._receiving = _OneTask("receiving from")
+        self._sending = OneTask("sending on")
+        self._receiving = OneTask("receiving from")
         self._closed = False
         self._ended = False
         self._send_broken = False
@@ -124,7 +130,7 @@ class AuthenticatedStream(trio.abc.Stream):
         return self._transport
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
-        """Send the bytes, in frames of at most 1 MiB; large ones are not copied.
+        """Send the bytes, in frames of at most ``PAYLOAD_BYTES_MAX``.
 
         Raises :class:`PeerSilentError` when the other side takes nothing for too long, and trio's
         ``BrokenResourceError``, ``ClosedResourceError``, ``BusyResourceError``. When cancelled, or
@@ -139,15 +145,21 @@ class AuthenticatedStream(trio.abc.Stream):
                 self._check_sendable()
                 await self._send_payload(view[start : start + PAYLOAD_BYTES_MAX])
 
-    async def _send_payload(self, payload: memoryview) -> None:
-        head = self._sealer.seal(payload)
+    async def send_pieces(self, *pieces: bytes | bytearray | memoryview) -> None:
+        """As ``send_all`` with the pieces in order, at most ``PAYLOAD_BYTES_MAX`` in all, in one frame; never joined before
+        it is made.
+        """
+        with self._sending:
+            self._check_sendable()
+            await trio.lowlevel.checkpoint()
+            self._check_sendable()
+            await self._send_payload(*pieces)
+
+    async def _send_payload(self, *pieces: bytes | bytearray | memoryview) -> None:
+        frame = self._sealer.seal(*pieces)
         self._send_broken = True
         with trio.move_on_after(self._idle_timeout_s * FRAME_TIMEOUT_FACTOR) as scope:
-            if len(payload) <= _JOIN_BYTES_MAX:
-                await self._transport.send_all(b"".join((head, payload)))
-            else:
-                await self._transport.send_all(head)
-                await self._transport.send_all(payload)
+            await self._transport.send_all(frame)
             self._send_broken = False
         if scope.cancelled_caught:
             raise PeerSilentError("the other side took no data in time")
@@ -171,13 +183,10 @@ class AuthenticatedStream(trio.abc.Stream):
             if scope.cancelled_caught:
                 raise PeerSilentError("the other side took no data in time")
 
-    async def receive_some(self, max_bytes: int | None = None) -> bytes | bytearray:
+    async def receive_some(self, max_bytes: int | None = None) -> bytes:
         """Authenticated bytes, at least one; ``b""`` only for the other side's authenticated close.
 
-        Without ``max_bytes``, a frame's whole payload (up to 1 MiB), not copied. Raises
-        :class:`TamperedError`, :class:`PeerSilentError`, ``trio.BrokenResourceError`` when the
-        connection broke or was cut, and trio's ``ClosedResourceError`` and ``BusyResourceError``.
-        After an error it raises that for ever. When cancelled, nothing is lost: call it again.
+        Raises as ``receive_payload``.
         """
         if max_bytes is not None and operator.index(max_bytes) < 1:
             raise ValueError("max_bytes must be 1 or more")
@@ -186,15 +195,32 @@ class AuthenticatedStream(trio.abc.Stream):
             if self._closed:
                 raise trio.ClosedResourceError("this stream was closed")
             if not self._unread and not self._ended:
-                payload = await self._next_payload()
-                if max_bytes is None or max_bytes >= len(payload):
-                    return payload
-                self._unread = memoryview(payload)
+                self._unread = await self._next_payload()
             count = len(self._unread) if max_bytes is None else max_bytes
-            piece, self._unread = self._unread[:count], self._unread[count:]
-            return bytes(piece)
+            piece, rest = bytes(self._unread[:count]), self._unread[count:]
+            if not rest:
+                self.buffers.give(self._unread)
+            self._unread = rest
+            return piece
 
-    async def _next_payload(self) -> bytearray:
+    async def receive_payload(self) -> memoryview:
+        """The whole payload of the next frame, not copied; empty only for the other side's authenticated close.
+
+        Its memory may be given back to ``buffers`` when nobody reads it any more. Raises :class:`TamperedError`,
+        :class:`PeerSilentError`, ``trio.BrokenResourceError`` when the connection broke or was cut, and trio's
+        ``ClosedResourceError`` and ``BusyResourceError``. After an error it raises that for ever. When cancelled, nothing is
+        lost: call it again.
+        """
+        with self._receiving:
+            await trio.lowlevel.checkpoint()
+            if self._closed:
+                raise trio.ClosedResourceError("this stream was closed")
+            if self._unread or self._ended:
+                payload, self._unread = self._unread, memoryview(b"")
+                return payload
+            return await self._next_payload()
+
+    async def _next_payload(self) -> memoryview:
         """The next frame's payload; empty at the authenticated close."""
         if self._receive_error is not None:
             raise self._receive_error
@@ -213,13 +239,13 @@ class AuthenticatedStream(trio.abc.Stream):
         if isinstance(event, Data):
             return event.payload
         self._ended = True
-        return bytearray()
+        return memoryview(b"")
 
     async def _feed_opener(self) -> None:
         started = trio.current_time()
         patience_s = self._idle_timeout_s * FRAME_TIMEOUT_FACTOR - self._frame_wait_s
         with trio.move_on_after(max(0.0, min(self._idle_timeout_s, patience_s))) as scope:
-            data = await self._transport.receive_some()
+            count = await receive_into(self._transport, self._opener.room())
         if self._closed:
             raise trio.ClosedResourceError("another task closed this stream")
         if scope.cancelled_caught:
@@ -227,8 +253,8 @@ class AuthenticatedStream(trio.abc.Stream):
         if self._opener.inside_frame:
             # Only time spent waiting counts: a reader that pauses is not the other side's fault.
             self._frame_wait_s += trio.current_time() - started
-        if data:
-            self._opener.receive_data(data)
+        if count:
+            self._opener.took(count)
         else:
             self._opener.receive_eof()
 
@@ -262,15 +288,17 @@ async def connect_stream(
     *,
     deadline_s: float,
     idle_timeout_s: float = IDLE_TIMEOUT_S,
+    suites: tuple[int, ...] = SUITES,
 ) -> AuthenticatedStream:
-    """Prove ``key`` to the other side and it to us, within ``deadline_s`` seconds in all.
+    """Prove ``key`` to the other side and it to us, within ``deadline_s`` seconds in all; ``suites``: those to speak,
+    best first.
 
     Takes the transport over: on any error or cancellation it is closed. Raises
     :class:`~replicator.errors.AuthenticationError` (token mismatch between source and receiver),
     :class:`~replicator.errors.WireError` (no common version, not our protocol),
     :class:`PeerSilentError`, ``trio.BrokenResourceError``.
     """
-    handshake = ClientHandshake(key)
+    handshake = ClientHandshake(key, offer=Offer(suites=suites))
     return await _establish(transport, handshake, handshake.start(), deadline_s, idle_timeout_s)
 
 
@@ -280,13 +308,14 @@ async def accept_stream(
     *,
     deadline_s: float,
     idle_timeout_s: float = IDLE_TIMEOUT_S,
+    suites: tuple[int, ...] = SUITES,
 ) -> AuthenticatedStream:
     """The accepting side of :func:`connect_stream`, with the same promise and the same errors.
 
     The key that the other side holds is the stream's ``peer_key``; whether it may do what it asks
     for is the caller's question.
     """
-    handshake = ServerHandshake(keyring)
+    handshake = ServerHandshake(keyring, suites=suites)
     return await _establish(transport, handshake, b"", deadline_s, idle_timeout_s)
 
 
@@ -306,7 +335,7 @@ async def _establish(
                 trailing_data=handshake.trailing_data,
                 idle_timeout_s=idle_timeout_s,
             )
-        raise PeerSilentError(f"the handshake was not done in {deadline_s:g} s")
+        raise PeerSilentError(f"the handshake was not done in {deadline_s:.3g} s")
     except BaseException:
         try:
             await _send_alert(transport, handshake.alert)

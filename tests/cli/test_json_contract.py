@@ -11,13 +11,21 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
+import msgspec
 import pytest
 from eventsourcing.domain import Aggregate
 
 from replicator.domain import model
 from replicator.domain.failover import State
-from replicator.domain.model import Damage, Point, PointDisk, PushKind
-from replicator.domain.views import event_info, instant, point_info, vm_status, warnings
+from replicator.domain.model import Damage, Point, PointDisk, PushKind, Suspicion
+from replicator.domain.views import (
+    event_info,
+    instant,
+    point_info,
+    sampling_info,
+    vm_status,
+    warnings,
+)
 from replicator.domain.vm import ProtectedVm
 
 DOCUMENT = (Path(__file__).parents[2] / "docs" / "json.md").read_text("utf-8")
@@ -42,6 +50,7 @@ CHECKS: dict[str, Callable[[object], bool]] = {
     "list of string": lambda value: (
         isinstance(value, list) and all(isinstance(item, str) for item in value)
     ),
+    "SamplingInfo": lambda value: isinstance(value, dict),
     "LastCycle": lambda value: isinstance(value, dict),
 }
 
@@ -91,7 +100,9 @@ def lived(role: str = "receiver") -> tuple[ProtectedVm, list[Any]]:
     vm = ProtectedVm.register(VM, "web", role)
     vm.commit(point(1, PushKind.SEED))
     vm.delta_applied(1)
-    vm.commit(point(2))
+    vm.miss_changes(Suspicion("disk-0", 65536, 1))
+    vm.compare_disks(point(1, PushKind.SEED), "tracking lies")
+    vm.commit(msgspec.structs.replace(point(2), compared=True))
     vm.lose_tracking("the bitmap is gone")
     vm.commit(point(3))
     vm.release([1])
@@ -99,6 +110,7 @@ def lived(role: str = "receiver") -> tuple[ProtectedVm, list[Any]]:
     vm.damaged(Damage(3, "disk-0", 65536, 65536, "/s/points/3/disk-0.phcbt", "digest of grain 1"))
     vm.damaged(Damage(3, "disk-0", 0, 65536, "/s/points/3/disk-0.phcbt", "digest of grain 0"))
     vm.abandon_push("push9", 4, "the snapshot is gone")
+    vm.breach_rpo(600, 1_700_000_601 * S)
     vm.start_test(model.TestClone("clone1", 2, 1_700_000_003 * S))
     vm.end_test()
     vm.start_promotion(2)
@@ -117,7 +129,13 @@ def lived(role: str = "receiver") -> tuple[ProtectedVm, list[Any]]:
 
 def test_status() -> None:
     vm, _ = lived()
-    status = vm_status(vm, 1_700_000_060 * S, ["the disk is nearly full"])
+    status = vm_status(
+        vm,
+        1_700_000_060 * S,
+        ["the disk is nearly full"],
+        rpo_target_s=600,
+        rpo_forecast_s=320.5,
+    )
     keeps_promise("VmStatus", status)
     keeps_promise("LastCycle", status["last_cycle"])
     assert status == {
@@ -128,6 +146,8 @@ def test_status() -> None:
         "epoch": 3,
         "newest_point": 3,
         "rpo_age_s": 59.999997,
+        "rpo_target_s": 600,
+        "rpo_forecast_s": 320.5,
         "last_cycle": {
             "point": 3,
             "kind": "cycle",
@@ -135,6 +155,7 @@ def test_status() -> None:
             "bytes_pushed": 231,
             "committed_at": "2023-11-14T22:13:22.000Z",
         },
+        "sampling": None,
         "warnings": [
             "recovery point 3 is damaged: disk-0, 65536 bytes at 65536: digest of grain 1, and 1 more",
             "the last push was given up: the snapshot is gone",
@@ -254,6 +275,63 @@ def test_committed_points_and_damage_in_the_history() -> None:
     assert infos["test-started"]["clone"] == {
         "clone_id": "clone1", "point": 2, "started_at": "2023-11-14T22:13:23.000Z",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(("clean", "missed"), [(0, 0), (1024, 0), (1024, 2)])
+def test_sampling(clean: int, missed: int) -> None:
+    info = sampling_info(clean, missed)
+    keeps_promise("SamplingInfo", info)
+    assert (info["sampled"], info["missed"], info["days"]) == (clean, missed, 7)
+    assert (info["missed_percent_max"] is None) == (not clean or missed > 0)
+    status = vm_status(lived()[0], 5 * S, sampling=info)
+    keeps_promise("VmStatus", status)
+    assert status["sampling"] == info
+
+
+@pytest.mark.parametrize("role", ["source", "receiver"])
+def test_points_that_may_lack_changes(role: str) -> None:
+    """Those since the last one that is sure; the receiver holds them, the source says what it will do."""
+    vm = ProtectedVm.register(VM, "web", role)
+    vm.commit(point(1, PushKind.SEED))
+    vm.commit(msgspec.structs.replace(point(2), compared=True))
+    vm.commit(point(3))
+    vm.commit(point(4))
+    vm.miss_changes(Suspicion("disk-0", 65536, 4))
+    events: list[Any] = list(vm.collect_events())
+    missed = event_info(events[-1])
+    assert (missed["kind"], missed["missed"]) == (
+        "changes-missed",
+        {"disk": "disk-0", "offset": 65536, "point": 4},
+    )
+    states = {number: point_info(vm, each)["state"] for number, each in vm.points.items()}
+    said = warnings(vm)
+    at = "change tracking missed a change (disk-0, byte 65536, found after point 4)"
+    if role == "source":
+        assert states == {4: "suspect"}
+        assert said == [f"{at}: the next push does what on_reference_loss says"]
+    else:
+        assert states == {1: "ok", 2: "ok", 3: "suspect", 4: "suspect"}
+        assert said == [
+            f"{at}: the source is to compare all disks",
+            "recovery points 3, 4 may lack changes that change tracking at the source missed",
+        ]
+    # What is built on it meanwhile is in doubt as well; what was compared is not, and ends it.
+    vm.commit(point(5))
+    vm.commit(msgspec.structs.replace(point(6), compared=True))
+    assert vm.suspect is None
+    assert vm.doubtful == (frozenset() if role == "source" else {3, 4, 5})
+    if role == "receiver":
+        vm.release([3])
+        assert vm.doubtful == {4, 5}
+
+
+def test_many_doubtful_points_are_one_line() -> None:
+    vm = ProtectedVm.register(VM, "web", "receiver")
+    vm.commit(point(1, PushKind.SEED))
+    for number in range(2, 20):
+        vm.commit(point(number))
+    vm.miss_changes(Suspicion("disk-0", 0, 19))
+    assert warnings(vm)[-1].startswith("recovery points 2, 3, 4, 5, 6, 7, 8, 9, 10, 11 and 8 more ")
 
 
 def test_every_state_is_documented() -> None:

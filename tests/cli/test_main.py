@@ -37,7 +37,7 @@ def test_help_lists_every_command(replctl: Replctl) -> None:
     listed = set(re.findall(r"^  ([a-z]+)  ", done.out, re.MULTILINE))
     assert listed == {
         "completion", "export", "failover", "history", "log", "points", "projections",
-            "push", "receiver", "run", "seed", "status", "usage", "verify",
+            "push", "receiver", "resync", "run", "seed", "status", "throttle", "usage", "verify",
     }  # fmt: skip
 
 

@@ -111,22 +111,25 @@ def test_progress_on_a_terminal_is_a_bar_with_rate_and_time_left(
 
 STATUS: dict[str, Any] = {
     "vm": "web[red]\x1b", "uuid": "u", "role": "source", "state": "protected", "epoch": 1, "newest_point": 7,
-    "rpo_age_s": 75.0, "warnings": ["recovery point 3 is damaged\x07"],
+    "rpo_age_s": 75.0, "rpo_target_s": 600, "rpo_forecast_s": 320.0, "warnings": ["recovery point 3 is damaged\x07"],
     "last_cycle": {"point": 7, "kind": "cycle", "duration_s": 1.5, "bytes_pushed": 2048, "committed_at": ""},
+    "sampling": {"days": 7, "sampled": 1024, "missed": 0, "missed_percent_max": 0.29},
 }  # fmt: skip
 EMPTY = {
     **STATUS,
     "vm": "new",
     "newest_point": None,
     "rpo_age_s": None,
+    "rpo_forecast_s": None,
     "last_cycle": None,
+    "sampling": None,
     "warnings": [],
 }
 
 
 def test_status_is_a_row_a_vm_and_a_line_a_warning(capsys: pytest.CaptureFixture[str]) -> None:
     show_status([STATUS, EMPTY])
-    head, first, second, warning = capsys.readouterr().out.splitlines()
+    head, first, second, warning, sampled = capsys.readouterr().out.splitlines()
     assert head.split() == [
         "VM",
         "role",
@@ -145,6 +148,31 @@ def test_status_is_a_row_a_vm_and_a_line_a_warning(capsys: pytest.CaptureFixture
     assert "cycle, 2.0 KiB in 1.5 s" in first
     assert second.split() == ["new", "source", "protected", "-", "-", "-"]
     assert warning == f"web[red]{mark}: recovery point 3 is damaged{mark}"
+    assert sampled.startswith(f"web[red]{mark}: 95 % sure that under 0.30 % were missed")
+
+
+@pytest.mark.parametrize(
+    ("age_s", "target_s", "forecast_s", "shown"),
+    [
+        (75.0, 600, 320.0, "1 min 15 s"),
+        (75.0, 600, 600.5, "1 min 15 s, to be 10 min 0 s"),
+        # It is what it will be.
+        (700.0, 600, 700.0, "11 min 40 s"),
+        (75.0, None, 6000.0, "1 min 15 s"),
+        (75.0, 600, None, "1 min 15 s"),
+    ],
+)
+def test_an_age_that_will_be_too_great_is_shown_beside_the_age(
+    capsys: pytest.CaptureFixture[str],
+    age_s: float,
+    target_s: int | None,
+    forecast_s: float | None,
+    shown: str,
+) -> None:
+    rpo = {"rpo_age_s": age_s, "rpo_target_s": target_s, "rpo_forecast_s": forecast_s}
+    show_status([{**STATUS, **rpo}])
+    row = capsys.readouterr().out.splitlines()[1]
+    assert f"  {shown}  " in row
 
 
 def test_points_and_history_are_a_row_each(capsys: pytest.CaptureFixture[str]) -> None:

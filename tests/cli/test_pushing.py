@@ -9,7 +9,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
@@ -27,6 +27,7 @@ from replicator.cli.showing import source_warnings
 from replicator.config import check
 from replicator.domain.failover import Command, State, decide
 from replicator.domain.model import PushKind
+from replicator.domain.views import warnings
 from replicator.domain.vm import ProtectedVm
 from replicator.errors import (
     FencedError,
@@ -38,6 +39,7 @@ from replicator.errors import (
 )
 from replicator.push.connection import ConnectionLostError
 from replicator.push.plan import Local, Refuse, Want, plan
+from replicator.push.pusher import Outcome
 from replicator.push.trouble import Trouble
 from replicator.wire.messages import VmState
 from tests.cli.conftest import KEY, Done, Replctl, source_values, write_config
@@ -69,7 +71,7 @@ async def test_cycles_start_an_interval_apart_whatever_became_of_the_last(
     began = trio.current_time()
     started: list[float] = []
 
-    async def push(want: Want) -> None:
+    async def push(want: Want) -> Outcome | None:
         assert want is Want.RUN
         number = len(started)
         started.append(trio.current_time() - began)
@@ -78,14 +80,44 @@ async def test_cycles_start_an_interval_apart_whatever_became_of_the_last(
         await trio.sleep(takes_s[number])
         if (failure := failures[number]) is not None:
             raise failure
+        return None
 
-    with caplog.at_level(logging.ERROR), pytest.raises(PeerRefusedError) as caught:
+    with caplog.at_level(logging.WARNING), pytest.raises(PeerRefusedError) as caught:
         await cycles(push, 300)
     assert caught.value is FENCED
     assert started == pytest.approx([0, 300, 600, 950, 1250, 1550, 1850, 2150, 2450, 2750])
     lines = [record.getMessage() for record in caplog.records]
     assert len(lines) == 8
     assert lines[0] == "this cycle failed: QEMU is gone"
+
+
+async def test_cycles_that_take_longer_than_the_interval_follow_each_other_at_once_and_say_so(
+    autojump_clock: trio.testing.MockClock,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(random, "random", lambda: 0.0)
+    takes_s = [5000, 310, 310, 100, 100]
+    began = autojump_clock.current_time()
+    started: list[float] = []
+
+    async def push(_: Want) -> Outcome:
+        number = len(started)
+        started.append(trio.current_time() - began)
+        if number == len(takes_s):
+            raise FENCED
+        await trio.sleep(takes_s[number])
+        kind = PushKind.SEED if number == 0 else PushKind.CYCLE
+        return Outcome(point(number + 1, kind), resumed=False, reason="")
+
+    with caplog.at_level(logging.WARNING), pytest.raises(PeerRefusedError):
+        await cycles(push, 300)
+    assert started == pytest.approx([0, 5000, 5310, 5620, 5920, 6220])
+    # Of a seed nothing is said, and of the slow cycles not each time.
+    assert caplog.messages == [
+        "cycles fall behind: the last took 310 s, push_interval is 300 s; the next starts at once",
+        "cycles keep up again: the last took 100 s, push_interval is 300 s",
+    ]
 
 
 def test_only_a_failover_on_the_receiver_ends_it() -> None:
@@ -112,9 +144,16 @@ def test_every_way_in_which_this_side_says_fenced_is_understood() -> None:
 
 
 @asynccontextmanager
-async def two_sites(tmp_path: Path, **values: object) -> AsyncIterator[tuple[Path, Path]]:
+async def two_sites(
+    tmp_path: Path, at_receiver: Mapping[str, object] | None = None, **values: object
+) -> AsyncIterator[tuple[Path, Path]]:
     """Configurations of a receiver that runs, on a port of its own, and of a source that can push to it."""
-    common = {"dr_auth_token": KEY, "state_dir": tmp_path / "dr", "dr_listen": "127.0.0.1"}
+    common = {
+        "dr_auth_token": KEY,
+        "state_dir": tmp_path / "dr",
+        "dr_listen": "127.0.0.1",
+        **(at_receiver or {}),
+    }
     receiver = write_config(tmp_path / "receiver.conf", common)
     (tmp_path / "dr").mkdir()
     config = check({key: str(value) for key, value in common.items()})
@@ -224,15 +263,86 @@ async def test_status_of_a_source_whose_receiver_is_gone(tmp_path: Path, replctl
 def test_a_newest_point_that_is_too_old_is_a_warning() -> None:
     newest = point(1, PushKind.SEED)
     taken = newest.taken_at_us
-    assert source_warnings(None, None, taken, 300) == []
-    assert source_warnings(newest, None, taken + 600 * S, 300) == []
-    assert source_warnings(newest, None, taken + 601 * S, 300) == [
-        "no new recovery point for 10 min 1 s, push_interval is 300 s"
+    vm = ProtectedVm.register(VM, "web", "source")
+    assert source_warnings(vm, None, taken, 600) == []
+    vm.commit(newest)
+    assert source_warnings(vm, None, taken + 600 * S, 600) == []
+    assert source_warnings(vm, None, taken + 601 * S, 600) == [
+        "no new recovery point for 10 min 1 s, rpo_target is 600 s"
     ]
     once = Trouble(taken, taken, "QEMU is gone", 1)
-    assert source_warnings(newest, once, taken, 300) == [
+    assert source_warnings(vm, once, taken, 600) == [
         "the last cycle failed, at 2023-11-14T22:13:20.000Z: QEMU is gone"
     ]
+    # A breach that `run` has recorded is a warning of the VM itself, and not told twice.
+    vm.breach_rpo(600, taken + 601 * S)
+    assert source_warnings(vm, None, taken + 601 * S, 600) == []
+    assert len(warnings(vm)) == 1
+
+
+@asynccontextmanager
+async def running(source: Path) -> AsyncIterator[trio.Process]:
+    """`replctl run` as a process of its own; it must end within the block, or is killed."""
+    code = "import sys; from replicator.cli.main import main; sys.exit(main(sys.argv[1:]))"
+    words = [sys.executable, "-c", code, "--config", str(source), "run"]
+    async with trio.open_nursery() as nursery:
+        start = partial(trio.run_process, words, stderr=subprocess.PIPE, check=False)
+        yield await nursery.start(start)
+        nursery.cancel_scope.cancel()
+
+
+async def heard(process: trio.Process, words: bytes) -> bytes:
+    """What it has said until it said this."""
+    assert process.stderr is not None
+    said = b""
+    while words not in said:
+        piece = await process.stderr.receive_some()
+        assert piece, said
+        said += piece
+    return said
+
+
+async def test_both_sides_notice_that_no_point_comes_any_more(
+    tmp_path: Path, replctl: Replctl
+) -> None:
+    """The source's process is stuck, or gone: its receiver knows it too."""
+    seen = trio.Event()
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if "and there is no newer one: rpo_target is 2 s" in record.getMessage():
+                seen.set()
+
+    handler = Handler()
+    logging.getLogger("replicator.push.rpo").addHandler(handler)
+    values = {"push_interval": 3600, "rpo_target": 1}
+    try:
+        async with (
+            two_sites(tmp_path, {"rpo_target": 2}, **values) as (source, receiver),
+            running(source) as process,
+        ):
+            with trio.fail_after(HANG_S):
+                await heard(process, b"and there is no newer one: rpo_target is 1 s")
+                process.kill()
+                await seen.wait()
+            for config, target_s in ((source, 1), (receiver, 2)):
+                done = await trio.to_thread.run_sync(
+                    partial(replctl, "--json", "--config", config, "status")
+                )
+                (status,) = done.json
+                assert status["rpo_target_s"] == target_s
+                assert status["rpo_age_s"] > target_s
+                (warning,) = status["warnings"]
+                assert warning.startswith(
+                    f"the newest recovery point is older than rpo_target ({target_s} s) since "
+                )
+                done = await trio.to_thread.run_sync(
+                    partial(replctl, "--json", "--config", config, "history", "web")
+                )
+                breaches = [event for event in done.json if event["kind"] == "rpo-breached"]
+                assert [each["breach"]["target_s"] for each in breaches] == [target_s]
+    finally:
+        logging.getLogger("replicator.push.rpo").removeHandler(handler)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -240,18 +350,10 @@ async def test_run_seeds_pushes_and_stops_cleanly_when_told(
     tmp_path: Path, number: signal.Signals
 ) -> None:
     """A process of its own: signals are the point."""
-    code = "import sys; from replicator.cli.main import main; sys.exit(main(sys.argv[1:]))"
-    async with two_sites(tmp_path, push_interval=1) as (source, _), trio.open_nursery() as nursery:
-        words = [sys.executable, "-c", code, "--config", str(source), "run"]
-        start = partial(trio.run_process, words, stderr=subprocess.PIPE, check=False)
-        process: trio.Process = await nursery.start(start)
+    async with two_sites(tmp_path, push_interval=1) as (source, _), running(source) as process:
         assert process.stderr is not None
-        said = b""
         with trio.fail_after(HANG_S):
-            while b"DR cycle complete: vm=web cycle=2 " not in said:
-                piece = await process.stderr.receive_some()
-                assert piece, said
-                said += piece
+            said = await heard(process, b"DR cycle complete: vm=web cycle=2 ")
             process.send_signal(number)
             async for piece in process.stderr:
                 said += piece

@@ -274,7 +274,7 @@ def _prepare(request: Request) -> Answer:
             answer = _half_pushed(request, layout)
         if answer.error is not None:
             return answer
-        if following is Phase.RESEED:
+        if following in {Phase.RESEED, Phase.RESYNC}:
             forget_source(target)
     return Answer(None, None)
 

@@ -29,6 +29,7 @@ class Phase(StrEnum):
     ADD = "add"
     ABANDON = "abandon"
     RESEED = "reseed"
+    RESYNC = "resync"
 
 
 PHASES = tuple(Phase)
@@ -78,6 +79,12 @@ def contents() -> Mapping[Phase, dict[str, bytes]]:
     _grains(random, system, 20, 20)
     _zeros(data, 0, 6)
     found[Phase.RESEED] = {"disk-0": bytes(system), "disk-1": bytes(data), "disk-2": bytes(more)}
+
+    _grains(random, system, 2, 2)
+    _zeros(system, 20, 20)
+    data += random.randbytes(GRAIN)
+    _grains(random, data, 9, 9)
+    found[Phase.RESYNC] = {"disk-0": bytes(system), "disk-1": bytes(data), "disk-2": bytes(more)}
     return found
 
 
@@ -134,6 +141,6 @@ def empty_template(folder: Path) -> None:
 
 
 def forget_source(folder: Path) -> None:
-    """The source's state is lost: the next push can only be a seed."""
+    """The source's state is lost: the next push can only be a seed, or compare."""
     shutil.rmtree(folder / "source")
     (folder / "source").mkdir()

@@ -29,7 +29,7 @@ from replicator.domain.vm import ProtectedVm
 from replicator.errors import RefusedError
 from replicator.imagemap import ImageMap
 from replicator.log import EventLog, event_log
-from replicator.push import connection, journal, pusher, sender, spool
+from replicator.push import connection, journal, patience, sender, spool
 from replicator.push.plan import Want
 from replicator.sources import image
 from replicator.wire import messages as m
@@ -96,7 +96,7 @@ def shrink_limits(clones: bool) -> None:
     spool._FLUSH = 256
     # What is kept beside the log has crash tests of its own, and would make steps come in any order.
     _replace(event_log, "PROJECTIONS", ())
-    _replace(pusher, "backoff_s", lambda _attempt, _jitter: 0.0)
+    _replace(patience, "pause_s", lambda *_: 0.0)
 
     def clone(target: int, _request: int, source: int) -> None:
         if not clones:
@@ -136,9 +136,9 @@ def watch_acks(on_ack: Callable[[], None]) -> list[list[int]]:
                 )
         return answer
 
-    def noted_begin(self: connection.Connection, positions: tuple[int, ...]) -> None:
+    def noted_begin(self: connection.Connection, positions: tuple[int, ...], chunk: int) -> None:
         begun.append(list(positions))
-        begin(self, positions)
+        begin(self, positions, chunk)
 
     def noted_ack(self: connection.Connection, ack: Any) -> None:
         take_ack(self, ack)
@@ -264,9 +264,10 @@ async def run_source(stage: Stage, port: int, on_ack: Callable[[], None]) -> dic
     async with source_site(stage.folder / "source", port, disks) as site:
         before = site.log.vms[0].newest if site.log.vms else None
         entry = await journal.load(site.log, site.log.vms[0].vm) if site.log.vms else None
-        # A source without a log may be another host's: it seeds only when told to.
+        # A source without a log may be another host's: it goes on only when told to.
         fresh = all(vm.newest is None for vm in site.log.vms)
-        outcome = await site.push(Want.SEED if fresh else Want.RUN)
+        told = Want.RESYNC if stage.pushed is Phase.RESYNC else Want.SEED
+        outcome = await site.push(told if fresh else Want.RUN)
         Kill.remove()
         assert await journal_entries(site.log) == []
         check_source_files(site, outcome.point)

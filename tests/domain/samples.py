@@ -15,6 +15,8 @@ from replicator.domain.model import (
     Point,
     PointDisk,
     PushKind,
+    RpoBreach,
+    Suspicion,
     TestClone,
     plain,
     stream_id,
@@ -95,6 +97,11 @@ FIELDS: dict[str, dict[str, Any]] = {
     },
     "PointVerified": {"point": 2, "bytes_read": 1 << 40},
     "TrackingLost": {"reason": "bitmap is inconsistent"},
+    "DisksCompared": {
+        "point": read_back(point(1, PushKind.SEED)),
+        "reason": "asked for",
+    },
+    "ChangesMissed": {"missed": read_back(Suspicion("disk-1", 65536, 3))},
     "PushAbandoned": {"push_id": "0123456789abcdef", "point": 3, "reason": "snapshot is gone"},
     "TestStarted": {"clone": read_back(TestClone("c0ffee", 2, 1_772_600_009_000_000))},
     "TestEnded": {"clone_id": "c0ffee"},
@@ -104,6 +111,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "MadePermanent": {},
     "PeerLogBroken": {"reason": "it has 3 events, but it had 5"},
     "PeerLogAccepted": {},
+    "RpoBreached": {"breach": read_back(RpoBreach(2, 601, 600, 1_772_600_600_000_000))},
 }
 
 

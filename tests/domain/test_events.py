@@ -11,14 +11,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from eventsourcing.persistence import StoredEvent
 
 from eventstore.mapper import EventMapper
-from replicator.domain.model import PushKind, stream_id
+from replicator.domain.model import Balance, Point, PushKind, RpoBreach, Suspicion, plain, stream_id
 from replicator.domain.vm import ProtectedVm, event_kind, event_time_us
 from replicator.log.store import TYPES
-from tests.domain.samples import FIELDS, VM, event, point
+from tests.domain.samples import FIELDS, VM, balance, event, point
 
 GOLDEN: dict[str, dict[str, str]] = json.loads(
     Path(__file__).with_name("golden_events.json").read_text("utf-8")
@@ -61,6 +62,21 @@ def test_a_cycle_of_two_disks_is_small() -> None:
     assert len(MAPPER.to_stored_event(event("CycleCommitted")).state) < 400
 
 
+def test_fields_that_were_added_are_stored_where_they_say_something() -> None:
+    """And what lacks them, as older logs do, reads as it was."""
+    old = plain(point(3, PushKind.CYCLE, parent=2))
+    new = msgspec.structs.replace(point(3, PushKind.CYCLE, parent=2), sampled=1024, compared=True)
+    assert plain(new) == [*old, 1024, True]
+    assert msgspec.convert(plain(new), Point) == new
+    assert msgspec.convert(old, Point) == point(3, PushKind.CYCLE, parent=2)
+    doubted = msgspec.structs.replace(
+        balance(), suspect=Suspicion("disk-0", 5, 5), doubtful=(5,), points=(new,), newest=new
+    )
+    assert msgspec.convert(plain(doubted), Balance) == doubted
+    restored = ProtectedVm.restore(doubted, 9, event("Registered").timestamp)
+    assert restored.balance() == doubted
+
+
 def test_the_kind_and_the_time_that_operators_see() -> None:
     assert event_kind(event("CycleCommitted")) == "cycle-committed"
     assert event_time_us(event("CycleCommitted")) == 1_772_600_767_890_123
@@ -68,10 +84,12 @@ def test_the_kind_and_the_time_that_operators_see() -> None:
 
 def test_folding_golden_bytes_gives_the_state() -> None:
     """A history of one of each, as it might have been."""
-    order = ["Registered", "SeedCommitted", "TrackingLost", "CycleCommitted", "DeltaApplied"]
+    order = ["Registered", "DisksCompared", "SeedCommitted", "TrackingLost", "CycleCommitted"]
+    order += ["DeltaApplied"]
     order += ["TestStarted", "TestEnded", "PointDamaged", "PointVerified", "PushAbandoned"]
     order += ["PointsReleased", "PromotionStarted", "PromotionUndone", "Promoted", "MadePermanent"]
-    order += ["PeerLogBroken", "PeerLogAccepted"]
+    order += ["PeerLogBroken", "PeerLogAccepted", "ChangesMissed"]
+    order += ["RpoBreached"]
     assert {*order, "PeriodOpened"} == set(GOLDEN)
     vm: ProtectedVm | None = None
     for version, name in enumerate(order, 1):
@@ -90,5 +108,8 @@ def test_folding_golden_bytes_gives_the_state() -> None:
     assert vm.newest == vm.points[2_000_000]
     assert (vm.damages, vm.test, vm.tracking_lost) == ([], None, None)
     assert vm.abandoned == "snapshot is gone"
+    assert vm.breach == RpoBreach(2, 601, 600, 1_772_600_600_000_000)
+    assert vm.suspect == Suspicion("disk-1", 65536, 3)
+    assert vm.doubtful == {2_000_000}
     assert vm.verified == {2: event_time_us(event("PointVerified"))}
     assert vm.version == len(order)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 from uuid import UUID
 
+import msgspec
 import pytest
 import trio
 import trio.lowlevel
@@ -22,7 +23,7 @@ from eventstore.follow import Commits
 from eventstore.operations import Insert
 from eventstore.projection_rows import DATABASE
 from eventstore.projections import read_projection
-from replicator.domain.model import Damage, PushKind, TestClone, stream_id
+from replicator.domain.model import Damage, Point, PushKind, Suspicion, TestClone, stream_id
 from replicator.domain.vm import EPOCH, ProtectedVm, event_time_us
 from replicator.log import EventLog, open_log, past, periods, proofs
 from replicator.log.past import Wanted
@@ -108,6 +109,20 @@ def forget_projections(store: LogStore) -> None:
     store.environment.write(lambda txn: txn.drop(database, delete=False))
 
 
+def sampled(number: int, epoch: int = 1) -> Point:
+    """A cycle with samples; every third rests on no tracking at all."""
+    made = point(number, PushKind.CYCLE, parent=number - 1, epoch=epoch)
+    return msgspec.structs.replace(made, sampled=number, compared=number % 3 == 0)
+
+
+def miss(vm: ProtectedVm, number: int) -> None:
+    """Tracking missed a change, or has lost itself where that is known."""
+    if vm.suspect is None:
+        vm.miss_changes(Suspicion("disk-0", 65536, number))
+    else:
+        vm.lose_tracking(f"lost again at {vm.version}")
+
+
 def happen(vm: ProtectedVm, rng: random.Random) -> None:
     """One event, whichever is possible and comes up."""
     newest = vm.newest
@@ -116,12 +131,14 @@ def happen(vm: ProtectedVm, rng: random.Random) -> None:
         return
     number = newest.number
     acts: list[Callable[[], None]] = [
-        lambda: vm.commit(point(number + 1, PushKind.CYCLE, parent=number, epoch=vm.epoch)),
+        lambda: vm.commit(sampled(number + 1, vm.epoch)),
         lambda: vm.delta_applied(number),
         lambda: vm.lose_tracking(f"lost at {vm.version}"),
         lambda: vm.abandon_push(f"{vm.version:016}", number + 1, "gone"),
         lambda: vm.point_verified(number, vm.version),
         lambda: vm.release([min(vm.points)] if len(vm.points) > 1 else [99]),
+        lambda: miss(vm, number),
+        lambda: vm.compare_disks(newest, f"asked for at {vm.version}"),
     ]
     rng.choice(acts)()
 

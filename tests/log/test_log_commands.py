@@ -23,8 +23,9 @@ from eventstore.projection_rows import DATABASE, Parked, State, Track, store_sta
 from eventstore.segments import Segment, read_json_lines
 from receiver.failover.clone import CloneManager
 from receiver.service.control import ControlApi
-from receiver.service.http import serve_http
 from replicator.cli import logbook
+from replicator.control.metrics import Live, Metrics
+from replicator.control.server import serve_http
 from replicator.domain.views import instant
 from replicator.domain.vm import event_time_us
 from replicator.log import open_log
@@ -202,6 +203,7 @@ def test_usage(source: Source) -> None:
     days = source.json("usage", "web")
     assert days == sorted(days, key=lambda day: day["day"])
     fields = {"day", "seeds", "cycles", "bytes_pushed", "busy_s", "abandoned", "damages", "tests"}
+    fields |= {"sampled", "missed"}
     assert all(day.keys() == fields for day in days)
     events = source.json("history", "web", "--since-id", 0)
     for kind, name in (("seed-committed", "seeds"), ("cycle-committed", "cycles")):
@@ -770,7 +772,7 @@ async def receiving(
                 await sx.push()
             await rx.settled()
             clones = CloneManager(rx.config, rx.log, rx.stores, nursery)
-            control = ControlApi(rx.log, rx.stores, clones, folder)
+            control = ControlApi(rx.log, rx.stores, clones, folder, Metrics(rx.log, Live()))
             await nursery.start(serve_http, socket, control.handle)
             yield rx, sx, run
             nursery.cancel_scope.cancel()

@@ -28,6 +28,7 @@ from eventstore.checkpoint import (
 )
 from eventstore.merkle import EMPTY_ROOT
 from receiver.service import sessions
+from replicator.credentials import SourceCredentials
 from replicator.domain.views import warnings
 from replicator.domain.vm import ProtectedVm
 from replicator.errors import DamageError, RefusedError
@@ -35,7 +36,8 @@ from replicator.log import EventLog, actions, open_log, proofs
 from replicator.log.heads import SignedHead
 from replicator.log.peers import Peer, PeerBrokenError, seen_size, take_head, take_signed
 from replicator.push.compare import compare_heads
-from replicator.push.connection import ConnectionLostError, connect
+from replicator.push.connection import ConnectionLostError
+from replicator.push.link import Link
 from replicator.wire import messages as m
 from replicator.wire.keys import Keyring, PreSharedKey
 from tests.log.support import copy_log
@@ -60,7 +62,7 @@ class Pair:
 
     async def compare(self) -> None:
         """Only the exchange, as after a commit."""
-        async with connect(self.sx.config, PUSH) as connection:
+        async with Link(self.sx.config, SourceCredentials(self.sx.config)).connect() as connection:
             await compare_heads(connection, self.sx.log, self.vm, "web")
 
     async def peers(self) -> tuple[Peer, Peer]:

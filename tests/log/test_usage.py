@@ -5,20 +5,23 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import trio
 
 from eventstore import projection_keeper
 from eventstore.projections import read_projection
-from replicator.domain.model import PushKind
+from replicator.domain.model import Point, PushKind, Suspicion
+from replicator.domain.sampling import WINDOW_DAYS, first_day
 from replicator.domain.vm import ProtectedVm
 from replicator.log import open_log, usage
 from replicator.log.store import LogStore
-from replicator.log.usage import Usage, days
+from replicator.log.usage import Usage, days, sampling_of
 from tests.domain.samples import point
 from tests.limits import HANG_S
 from tests.log.support import (
@@ -44,7 +47,7 @@ def by_hand(store: LogStore) -> dict[str, dict[str, list[int]]]:
     """Sums by VM and day, in the order of the fields."""
     found: dict[str, dict[str, list[int]]] = {}
     for vm, own in events_by_vm(events_of(store)).items():
-        sums: dict[str, list[int]] = defaultdict(lambda: [0] * 7)
+        sums: dict[str, list[int]] = defaultdict(lambda: [0] * 9)
         for event in own:
             day = event.timestamp.strftime("%Y-%m-%d")
             kind = type(event).__name__
@@ -52,9 +55,10 @@ def by_hand(store: LogStore) -> dict[str, dict[str, list[int]]]:
                 sums[day][kind == "CycleCommitted"] += 1
                 sums[day][2] += 123_456_789_012
                 sums[day][3] += 9_000_000_000
-            for field, name in ((4, "PushAbandoned"), (5, "PointDamaged"), (6, "TestStarted")):
-                if kind == name:
-                    sums[day][field] += 1
+                sums[day][7] += msgspec.convert(event.point, Point).sampled
+            counted = ["PushAbandoned", "PointDamaged", "TestStarted", "", "ChangesMissed"]
+            if kind in counted:
+                sums[day][4 + counted.index(kind)] += 1
         if sums:
             found[vm] = dict(sums)
     return found
@@ -74,6 +78,8 @@ def kept(store: LogStore) -> dict[str, dict[str, list[int]]]:
                     one.abandoned,
                     one.damages,
                     one.tests,
+                    one.sampled,
+                    one.missed,
                 ]
                 for day, one in days(view, str(vm))
             }
@@ -96,7 +102,9 @@ async def test_days_and_everything_that_counts(tmp_path: Path, calendar: Calenda
         for number in range(1, 8):
             async with log.change(WEB) as vm:
                 kind = PushKind.SEED if number in (1, 5) else PushKind.CYCLE
-                vm.commit(point(number, kind, parent=number - 1))
+                made = point(number, kind, parent=number - 1)
+                vm.commit(msgspec.structs.replace(made, sampled=10 * number))
+                vm.miss_changes(Suspicion("disk-0", 0, number))
                 vm.abandon_push(f"{number:016}", number + 1, "gone")
                 vm.damaged(damage(number))
                 vm.start_test(clone(number))
@@ -107,7 +115,40 @@ async def test_days_and_everything_that_counts(tmp_path: Path, calendar: Calenda
         found = kept(log.store)[str(WEB)]
         assert list(found) == sorted(found)
         assert [sum(day[n] for day in found.values()) for n in (0, 1, 4, 5, 6)] == [2, 5, 7, 7, 7]
+        # Once for each chain: the first is suspect until the second seed, which is the fifth point.
+        assert [sum(day[n] for day in found.values()) for n in (7, 8)] == [280, 2]
         assert len(found) >= 3
+
+
+async def test_what_was_sampled_in_the_last_days(tmp_path: Path, calendar: Calendar) -> None:
+    """It survives restarts and sealed periods, and ends with the day on which it is too old."""
+    clean = {0: 100, 3: 20, 9: 3}
+    for day, sampled in clean.items():
+        async with open_log(tmp_path, clock=calendar) as log:
+            await log.register(WEB, "web", "source")
+            async with log.change(WEB) as vm:
+                number = day + 1
+                made = point(number, PushKind.SEED if day == 0 else PushKind.CYCLE, parent=0)
+                parent = vm.newest.number if vm.newest else 0
+                vm.commit(msgspec.structs.replace(made, parent=parent, sampled=sampled))
+            await log.close_period()
+            await log.seal()
+            await caught_up(log)
+            now_us = calendar()
+            for later, expected in window(clean, day):
+                recent = await log.usage(first_day(now_us + later * DAY_US))
+                assert sampling_of(recent, str(WEB))["sampled"] == expected
+        calendar._now += timedelta(days=3 if day == 0 else 6)
+
+
+DAY_US = 86_400_000_000
+
+
+def window(clean: dict[int, int], today: int) -> Iterator[tuple[int, int]]:
+    """How many days from today, and what of the samples taken until today is of the last seven days then."""
+    for later in range(12):
+        days = range(today + later - WINDOW_DAYS + 1, today + later + 1)
+        yield later, sum(n for day, n in clean.items() if day in days and day <= today)
 
 
 async def test_sums_go_on_when_the_books_are_closed(tmp_path: Path, calendar: Calendar) -> None:
@@ -171,8 +212,8 @@ async def test_thrown_away_and_made_from_nothing(copied: Path, calendar: Calenda
 
 
 def test_sums_add_up() -> None:
-    one, two = Usage(1, 2, 3, 4, 5, 6, 7), Usage(10, 20, 30, 40, 50, 60, 70)
-    assert one.plus(two) == two.plus(one) == Usage(11, 22, 33, 44, 55, 66, 77)
+    one, two = Usage(*range(1, 10)), Usage(*range(10, 100, 10))
+    assert one.plus(two) == two.plus(one) == Usage(*range(11, 110, 11))
     assert one.plus(Usage()) == one
     vm = ProtectedVm.register(WEB, "web", "receiver")
     (event,) = vm.collect_events()

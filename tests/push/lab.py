@@ -52,9 +52,16 @@ class RawSource:
         return None if message is None else m.decode_from_receiver(message[1])
 
     async def hear(self) -> m.FromReceiver | None:
-        """The next answer that is neither an Ack nor a sign of life."""
-        while isinstance(answer := await self.hear_any(), m.Ack | m.Pong):
+        """The next answer that is neither an Ack, a Landed nor a sign of life."""
+        while isinstance(answer := await self.hear_any(), m.Ack | m.Landed | m.Pong):
             pass
+        return answer
+
+    async def hear_ack(self) -> m.Ack:
+        """The next Ack, past all Landed."""
+        while isinstance(answer := await self.hear_any(), m.Landed | m.Pong):
+            pass
+        assert isinstance(answer, m.Ack)
         return answer
 
     async def ask(self, message: m.Message) -> m.FromReceiver | None:

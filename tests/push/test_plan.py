@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -12,6 +15,7 @@ from replicator.push.plan import (
     Action,
     GiveUp,
     Local,
+    OnLoss,
     Refuse,
     Resume,
     Start,
@@ -19,7 +23,14 @@ from replicator.push.plan import (
     Want,
     plan,
 )
-from replicator.push.schedule import BACKOFF_MAX_S, backoff_s, next_start
+from replicator.push.schedule import (
+    BACKOFF_MAX_S,
+    Pace,
+    backoff_s,
+    beat_s,
+    next_start,
+    pause_s,
+)
 from replicator.wire.messages import PointRef, VmState
 
 P3 = PointRef(3, b"3" * 32, "p3")
@@ -36,8 +47,13 @@ APART = "the two sides differ: point 4 was the last here, 3 is the newest there"
 NO_LOG = "this side has no log or no maps of point 3, the receiver's newest"
 NOT_OURS = (
     "the receiver has point {}, which this side never pushed: another host pushes this VM, or this side lost its"
-    " state; if this is the source, run replctl seed"
+    " state; if this is the source, run replctl resync (it sends what differs) or replctl seed"
 )
+
+
+def resync(point: int, at: PointRef, reason: str) -> Start:
+    return Start(PushKind.CYCLE, point, at.number, at.root, reason, resync=True)
+
 
 #: Newest here, newest there, what was asked for, what is done. Nothing unfinished, epochs the same.
 CASES: list[tuple[PointRef | None, PointRef | None, Want, Action]] = [
@@ -59,30 +75,78 @@ CASES: list[tuple[PointRef | None, PointRef | None, Want, Action]] = [
     (P4, P3, Want.SEED_AGAIN, Start(PushKind.SEED, 5, 3, None, APART)),
     (P3, None, Want.RUN, Start(PushKind.SEED, 4, 0, None, f"{NOTHING_THERE} any more")),
     (P3, None, Want.PUSH, Refuse(f"{NOTHING_THERE}: run replctl seed first")),
+    (P3, None, Want.RESYNC, Refuse(f"{NOTHING_THERE}: run replctl seed first")),
     (None, P3, Want.RUN, Refuse(NOT_OURS.format(3))),
+    (None, P3, Want.PUSH, Refuse(NOT_OURS.format(3))),
     (P3, P4, Want.RUN, Refuse(NOT_OURS.format(4))),
+    (P3, P4, Want.PUSH, Refuse(NOT_OURS.format(4))),
     (None, P3, Want.SEED, Start(PushKind.SEED, 4, 3, None, NO_LOG)),
-    (None, P3, Want.PUSH, Refuse(f"{NO_LOG}: run replctl seed")),
-    (P4, P3, Want.RUN, Start(PushKind.SEED, 5, 3, None, APART)),
-    (P4, P3, Want.PUSH, Refuse(f"{APART}: run replctl seed")),
+    (None, P3, Want.RESYNC, resync(4, P3, NO_LOG)),
+    (P3, P3, Want.RESYNC, resync(4, P3, "asked for")),
+    (
+        P3,
+        P4,
+        Want.RESYNC,
+        resync(5, P4, "the two sides differ: point 3 was the last here, 4 is the newest there"),
+    ),
+    (P4, P3, Want.RUN, resync(5, P3, APART)),
+    (P4, P3, Want.PUSH, resync(5, P3, APART)),
+    (P4, P3, Want.RESYNC, resync(5, P3, APART)),
 ]
 
 
 @pytest.mark.parametrize(("here", "there", "want", "expected"), CASES)
 def test_plan(here: PointRef | None, there: PointRef | None, want: Want, expected: Action) -> None:
-    local = Local(here, 1, None, here.number if here is not None else 0)
+    local = Local(here, 1, None, here.number if here is not None else 0, seeded=here is not None)
     assert plan(local, VmState(there, 1, None), want) == expected
 
 
-def test_a_source_whose_maps_are_lost_seeds_by_itself() -> None:
-    action = plan(Local(None, 1, None, 3), VmState(P3, 1, None), Want.RUN)
-    assert action == Start(PushKind.SEED, 4, 3, None, NO_LOG)
+#: What was lost, and how it is said: nothing to go on from, another content, a chain that is suspect.
+LOST: list[tuple[Local, PointRef, str]] = [
+    (Local(None, 1, None, 3, seeded=True), P3, NO_LOG),
+    (
+        Local(P3, 1, None, 3, seeded=True),
+        OTHER3,
+        "the two sides differ: point 3 was the last here, 3 is the newest there",
+    ),
+    (Local(P3, 1, None, 3, seeded=True, suspect="tracking lies"), P3, "tracking lies"),
+    (Local(P4, 1, None, 6, seeded=True), P3, APART),
+]
 
 
-def test_the_same_number_with_other_content_is_another_point() -> None:
-    action = plan(Local(P3, 1, None, 3), VmState(OTHER3, 1, None), Want.RUN)
-    assert isinstance(action, Start)
-    assert (action.kind, action.point, action.parent) == (PushKind.SEED, 4, 3)
+@pytest.mark.parametrize("want", [Want.RUN, Want.PUSH])
+@pytest.mark.parametrize(("local", "there", "why"), LOST)
+def test_what_is_done_about_a_lost_reference(
+    local: Local, there: PointRef, why: str, want: Want
+) -> None:
+    remote, point = VmState(there, 1, None), local.last + 1
+    assert plan(local, remote, want) == resync(point, there, why)
+    seed = Start(PushKind.SEED, point, 3, None, why)
+    assert plan(local, remote, want, OnLoss.SEED) == seed
+    refused = Refuse(
+        f"{why}, and on_reference_loss is fail: run replctl resync (it sends what differs) or"
+        " replctl seed --again"
+    )
+    assert plan(local, remote, want, OnLoss.FAIL) == refused
+    # A resync that was begun is begun again, whatever the policy.
+    again = replace(local, again="asked for")
+    assert plan(again, remote, want, OnLoss.FAIL) == resync(point, there, "asked for")
+    # What cannot be compared is sent anew, where nobody has forbidden it.
+    deaf = replace(again, incomparable="no map there")
+    assert plan(deaf, remote, want) == Start(PushKind.SEED, point, 3, None, f"{why}; no map there")
+    assert plan(deaf, remote, want, OnLoss.FAIL) == refused
+    assert plan(deaf, remote, Want.RESYNC) == Refuse("no map there: run replctl seed --again")
+
+
+def test_a_receiver_that_lost_its_points_is_not_seeded_where_that_is_forbidden() -> None:
+    """The first seed is no loss, whatever was given up before it."""
+    remote = VmState(None, 1, None)
+    lost = plan(Local(None, 1, None, 3, seeded=True), remote, Want.RUN, OnLoss.FAIL)
+    assert lost == Refuse(
+        f"{NOTHING_THERE} any more, and on_reference_loss is fail: run replctl seed"
+    )
+    first = plan(Local(None, 1, None, 1), remote, Want.RUN, OnLoss.FAIL)
+    assert first == Start(PushKind.SEED, 2, 0, None, NOTHING_THERE)
 
 
 #: The unfinished push, newest there, what is done, whatever was asked for.
@@ -137,8 +201,10 @@ def test_a_new_push_always_continues_what_the_receiver_has(
         assert (action.parent, action.point) == (number, number + 1)
         assert unfinished is None
         assert epoch >= there_epoch
-        # A cycle only on exactly what this side knows.
-        assert (action.kind is PushKind.CYCLE) == (here is not None and here == there)
+        # A cycle only on exactly what this side knows, or what it will have compared with.
+        if action.kind is PushKind.CYCLE and not action.resync:
+            assert here is not None
+            assert here == there
         assert (action.parent_root is not None) == (action.kind is PushKind.CYCLE)
 
 
@@ -160,10 +226,54 @@ def test_the_next_cycle_is_never_late_and_never_in_the_past(
 @given(st.integers(0, 10**6), _JITTER)
 def test_the_pause_grows_and_is_bounded(attempt: int, jitter: float) -> None:
     pause = backoff_s(attempt, jitter)
-    assert 0.25 <= pause <= BACKOFF_MAX_S
+    assert 0.1 <= pause <= BACKOFF_MAX_S
     assert pause <= backoff_s(attempt + 1, jitter)
     assert backoff_s(attempt, 0) == backoff_s(attempt, 1) / 2
 
 
 def test_the_first_pauses() -> None:
-    assert [backoff_s(attempt, 1) for attempt in range(8)] == [0.5, 1, 2, 4, 8, 16, 30, 30]
+    assert [backoff_s(attempt, 1) for attempt in range(6)] == [0.2, 0.4, 0.8, 1.6, 2, 2]
+
+
+@given(st.integers(0, 100), st.floats(0, 10**6), _JITTER)
+def test_time_spent_on_an_attempt_counts_as_pause(
+    attempt: int, spent: float, jitter: float
+) -> None:
+    pause = pause_s(attempt, spent, jitter)
+    assert backoff_s(0, jitter) <= pause <= backoff_s(attempt, jitter)
+    assert pause_s(attempt, 0, jitter) == backoff_s(attempt, jitter)
+    if spent >= BACKOFF_MAX_S:
+        assert pause == backoff_s(0, jitter) <= 0.2
+
+
+def test_beats_fit_into_the_time_of_silence() -> None:
+    assert [beat_s(timeout) for timeout in (2, 4, 8, 600)] == [0.5, 1, 2, 2]
+
+
+# Falling behind
+
+
+def test_cycles_that_fall_behind_are_told_now_and_then_and_when_they_keep_up_again() -> None:
+    pace = Pace(300)
+    assert pace.finished(300, 0) is None
+    told = pace.finished(340, 1000)
+    assert told == (
+        "cycles fall behind: the last took 340 s, push_interval is 300 s; the next starts at once"
+    )
+    assert pace.finished(310, 1310) is None
+    assert pace.finished(320, 1599) is None
+    assert pace.finished(350, 1600) is not None
+    assert pace.finished(200, 1900) == (
+        "cycles keep up again: the last took 200 s, push_interval is 300 s"
+    )
+    assert pace.finished(200, 2100) is None
+
+
+def test_cycles_that_are_now_slow_and_now_fast_fill_no_log() -> None:
+    pace = Pace(10)
+    lines = [pace.finished(20 if n % 2 else 5, n * 10.0) for n in range(3600)]
+    # Ten hours, in which each slow one is followed by one that is not.
+    told = [line.partition(":")[0] for line in lines if line is not None]
+    assert told[:2] == ["cycles fall behind", "cycles keep up again"]
+    assert len(told) <= 2 * 60
+    assert all(one != two for one, two in pairwise(told))

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import random
 from collections.abc import AsyncIterator, Callable
@@ -18,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from receiver.service import sessions
+from replicator.credentials import receiver as receiver_credentials
 from replicator.domain.model import PushKind
 from replicator.errors import WireError
 from replicator.phcbt import Algorithm
@@ -26,7 +28,7 @@ from replicator.wire import stream
 from replicator.wire.keys import Keyring, PreSharedKey
 from replicator.wire.session import FROM_SOURCE, TABLE, Phase, Session, as_markdown
 from tests.limits import HANG_S
-from tests.push.lab import VM, RawPush, RawSource, raw_push, raw_source, state_of
+from tests.push.lab import CHUNK, VM, RawPush, RawSource, raw_push, raw_source, state_of
 from tests.sites import TOKEN, ReceiverSite, receiver_site
 
 CONTENT = random.Random(1).randbytes(200_000)
@@ -59,8 +61,32 @@ FROM_RECEIVER = [
     m.VmState(None, 1, None),
     m.Ready("1" * 16, (0,)),
     m.Ack(0, 1),
+    m.Landed(0, 1),
     m.Committed("1" * 16, 1, bytes(32), 1, 1),
     m.Refused("busy", "", None, 1),
+    m.Described(
+        1,
+        0,
+        "1" * 16,
+        PushKind.SEED,
+        1,
+        1,
+        1,
+        1,
+        1,
+        bytes(32),
+        0,
+        False,
+        (m.DiskMap("disk-0", "id-0", 1, bytes(32), 1, 4096, 1),),
+    ),
+    m.Pages((b"",)),
+    m.PagesEnd(),
+]
+#: What a resync asks.
+OF_A_RESYNC: list[m.Message] = [
+    m.Describe(str(VM), "web"),
+    m.AskPages(str(VM), "web", "disk-0", bytes(32), 0, (0,)),
+    m.Doubt(str(VM), "web", "disk-0", 0, 1),
 ]
 SAMPLES = [
     *FROM_RECEIVER,
@@ -69,6 +95,7 @@ SAMPLES = [
     m.Data(0, 0, b"x"),
     raw_push(b"x").finish,
     m.Abandon(str(VM), "1" * 16, "a test"),
+    *OF_A_RESYNC,
 ]
 
 
@@ -105,7 +132,7 @@ def test_signs_of_life_may_come_at_any_time(phase: Phase) -> None:
 
 def test_every_phase_is_left_by_what_its_side_sends() -> None:
     waits_for_receiver = {Phase.ASKED, Phase.OPENING, Phase.FINISHING}
-    waits_for_receiver |= {Phase.COMPARING, Phase.SIGNING}
+    waits_for_receiver |= {Phase.COMPARING, Phase.SIGNING, Phase.PAGING}
     for phase in Phase:
         movers = [kind for (at, kind), to in TABLE.items() if at is phase and to is not phase]
         assert movers
@@ -171,7 +198,7 @@ REFUSED_OPENS: dict[str, tuple[str, Change]] = {
     "parent-number": ("wrong-parent", lambda rx: change(cycle(rx).opened, parent=7, point=8)),
     "parent-content": ("wrong-parent", lambda rx: change(cycle(rx).opened, parent_root=bytes(32))),
     "no-parent-content": ("wrong-parent", lambda rx: change(cycle(rx).opened, parent_root=None)),
-    "cycle-leaves-numbers-out": ("wrong-parent", lambda rx: change(cycle(rx).opened, point=5)),
+    "cycle-of-an-old-number": ("wrong-parent", lambda rx: change(cycle(rx).opened, point=1)),
     "seed-on-another-point": (
         "wrong-parent",
         lambda rx: change(cycle(rx).opened, kind=PushKind.SEED, parent=0, parent_root=None),
@@ -228,7 +255,7 @@ async def test_a_refused_open_leaves_another_push_that_landed_in_part(
         async with raw_source(rx.port) as source:
             assert isinstance(await source.ask(push.opened), m.Ready)
             await source.data(0, 0, push.stream[: len(push.stream) // 2])
-            assert isinstance(await source.hear_any(), m.Ack)
+            await source.hear_ack()
         async with raw_source(rx.port) as source:
             before = await state_of(rx)
             twice = change(push.opened, push_id="3" * 16, disks=push.opened.disks * 2)
@@ -291,6 +318,7 @@ async def test_a_key_pushes_its_own_vm_only(tmp_path: Path, scope: str) -> None:
                 m.Query(str(VM), "web"),
                 push.opened,
                 m.Abandon(str(VM), "1" * 16, "mine now"),
+                *OF_A_RESYNC,
                 # Under its own name, but the UUID is the other's: what counts is the name that it has here.
                 m.Query(str(VM), "db"),
                 change(push.opened, name="db"),
@@ -698,7 +726,7 @@ async def test_a_source_that_stops_in_mid_push_frees_the_vm(
 
     async with seeded(tmp_path / "rx") as rx:
         push = cycle(rx)
-        monkeypatch.setattr(sessions, "accept_stream", noted)
+        monkeypatch.setattr(receiver_credentials, "accept_stream", noted)
         async with raw_source(rx.port) as silent:
             assert isinstance(await silent.ask(push.opened), m.Ready)
             # Only now: a slow machine may take its time until here.
@@ -727,12 +755,25 @@ async def test_a_client_that_says_nothing_is_let_go(
 
 
 async def test_the_receiver_shows_that_it_lives_while_it_works(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
 ) -> None:
-    monkeypatch.setattr(sessions, "BEAT_S", 0.01)
-    async with receiver_site(tmp_path / "rx") as rx, raw_source(rx.port) as source:
-        assert await source.hear_any() == m.Pong()
-        assert await source.hear_any() == m.Pong()
+    async with receiver_site(tmp_path / "rx") as rx:
+        assert rx.server.beat_s == 2.0
+        rx.server.beat_s = 0.01
+        async with raw_source(rx.port) as source:
+            assert await source.hear_any() == m.Pong()
+            assert await source.hear_any() == m.Pong()
+
+
+async def test_a_source_that_is_not_heard_of_any_more_is_gone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with receiver_site(tmp_path / "rx") as rx:
+        assert rx.server._timeout_s == 8
+        rx.server._timeout_s = 0.05
+        async with raw_source(rx.port) as source:
+            assert await source.ended()
+    assert "session ended (no VM yet): nothing, or too little, came" in caplog.text
 
 
 async def test_what_landed_is_acknowledged_in_time(
@@ -743,8 +784,7 @@ async def test_what_landed_is_acknowledged_in_time(
         push = cycle(rx)
         assert isinstance(await source.ask(push.opened), m.Ready)
         await source.data(0, 0, push.stream[:-1])
-        ack = await source.hear_any()
-        assert isinstance(ack, m.Ack)
+        ack = await source.hear_ack()
         assert 0 < ack.position < len(push.stream)
         assert await rx.log.journal_get(f"push/{VM}") == {
             "push_id": push.opened.push_id,
@@ -762,13 +802,85 @@ async def test_going_back_is_written_down_before_other_bytes_come(
         push = cycle(rx)
         assert isinstance(await source.ask(push.opened), m.Ready)
         await source.data(0, 0, push.stream[:-1])
-        ack = await source.hear_any()
-        assert isinstance(ack, m.Ack)
+        ack = await source.hear_ack()
         answer = await source.ask(with_disk(push, have=ack.position - 1))
         assert isinstance(answer, m.Ready)
         assert answer.positions[0] < ack.position
         entry = await rx.log.journal_get(f"push/{VM}")
         assert entry["durable"] == list(answer.positions)
+
+
+async def land_in_part(rx: ReceiverSite, push: RawPush) -> int:
+    """Half of a push's stream lands and nothing of it is made durable; the position told of it."""
+    async with raw_source(rx.port) as source:
+        assert isinstance(await source.ask(push.opened), m.Ready)
+        await source.data(0, 0, push.stream[: len(push.stream) // 2])
+        while not isinstance(answer := await source.hear_any(), m.Landed):
+            assert isinstance(answer, m.Pong)
+        entry = await rx.log.journal_get(f"push/{VM}")
+        assert entry["durable"] == [0]
+        return answer.position
+
+
+async def test_what_landed_and_was_not_made_durable_is_not_asked_for_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sessions, "ACK_S", float("inf"))
+    async with seeded(tmp_path / "rx") as rx:
+        push = cycle(rx)
+        landed = await land_in_part(rx, push)
+        assert landed > CHUNK
+        async with raw_source(rx.port) as source:
+            answer = await source.ask(push.opened)
+            assert isinstance(answer, m.Ready)
+            assert answer.positions == (landed,)
+            # What is told to the source now is durable.
+            entry = await rx.log.journal_get(f"push/{VM}")
+            assert entry["durable"] == [landed]
+            await source.data(0, landed, push.stream[landed:])
+            assert isinstance(await source.ask(push.finish), m.Committed)
+        assert await rx.read(None) == OTHER
+
+
+async def test_what_landed_and_was_torn_is_asked_for_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A power cut leaves anything of what was not durable: only what proves to be right is taken up."""
+    monkeypatch.setattr(sessions, "ACK_S", float("inf"))
+    async with seeded(tmp_path / "rx") as rx:
+        push = cycle(rx)
+        landed = await land_in_part(rx, push)
+        (partial,) = rx.config.state_dir.rglob("*.partial/*.phcbt")
+        content = bytearray(partial.read_bytes())
+        content[landed - 10] ^= 1  # in the payload of the last whole record
+        partial.write_bytes(content)
+        async with raw_source(rx.port) as source:
+            answer = await source.ask(push.opened)
+            assert isinstance(answer, m.Ready)
+            (at,) = answer.positions
+            assert 0 < at <= landed - CHUNK
+            await source.data(0, at, push.stream[at:])
+            assert isinstance(await source.ask(push.finish), m.Committed)
+        assert await rx.read(None) == OTHER
+
+
+async def test_a_landing_that_cannot_be_made_durable_is_refused_while_more_lands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sessions, "ACK_S", 0.0)
+    async with seeded(tmp_path / "rx") as rx, raw_source(rx.port) as source:
+        push = cycle(rx)
+        assert isinstance(await source.ask(push.opened), m.Ready)
+
+        async def full(_: object) -> list[int]:
+            await trio.lowlevel.checkpoint()
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(rx.store, "sync", full)
+        await source.data(0, 0, push.stream[:1000])
+        answer = await source.hear()
+        assert isinstance(answer, m.Refused)
+        assert answer.code == "no-room"
 
 
 async def test_a_client_that_is_gone_before_it_is_served(

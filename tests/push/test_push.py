@@ -21,6 +21,7 @@ import trio.testing
 
 from receiver.service import sessions
 from replicator import durable
+from replicator.credentials import source as source_credentials
 from replicator.domain.model import PushKind
 from replicator.errors import (
     AuthenticationError,
@@ -30,7 +31,7 @@ from replicator.errors import (
     WireError,
 )
 from replicator.imagemap import ImageMap
-from replicator.push import connection, pusher, sender
+from replicator.push import connection, patience, pusher, sender, transfer
 from replicator.push.connection import Connection, ConnectionLostError
 from replicator.push.plan import Want
 from replicator.wire import messages as m
@@ -49,7 +50,7 @@ SEED_CUTS, CYCLE_CUTS = 16, 30
 @pytest.fixture(autouse=True)
 def no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
     """A broken line is tried again at once; acknowledgements and messages are as small as these disks."""
-    monkeypatch.setattr(pusher, "backoff_s", lambda _attempt, _jitter: 0.0)
+    monkeypatch.setattr(patience, "pause_s", lambda *_: 0.0)
     monkeypatch.setattr(sessions, "ACK_BYTES", 3 * GRAIN)
     monkeypatch.setattr(sender, "_MESSAGE_TARGET", GRAIN)
 
@@ -95,6 +96,36 @@ async def same_on_both_sides(rx: ReceiverSite, sx: SourceSite, points: int) -> N
     assert vm.newest is not None
     assert rx.store.newest() == m.PointRef(vm.newest.number, vm.newest.root, vm.newest.push_id)
     assert await rx.read(None) == sx.content("disk-0")
+
+
+async def test_disks_take_turns_however_little_may_be_on_its_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is told of one disk must not be what another one waits for."""
+    monkeypatch.setattr(connection, "ON_THE_WAY_MAX", 1)  # so four chunks hold
+    order: list[int] = []
+    data = connection.Connection.data
+
+    async def noted(self: connection.Connection, disk: int, *rest: Any) -> float:
+        order.append(disk)
+        return await data(self, disk, *rest)
+
+    monkeypatch.setattr(connection.Connection, "data", noted)
+    disks = {}
+    for number in range(3):
+        path = tmp_path / f"{number}.raw"
+        path.write_bytes(random.Random(number).randbytes(6 << 20))
+        disks[f"disk-{number}"] = path
+    async with (
+        receiver_site(tmp_path / "rx") as rx,
+        source_site(tmp_path / "sx", rx.port, disks, dr_compression="off") as sx,
+    ):
+        with trio.fail_after(HANG_S):
+            await sx.push(Want.SEED)
+        for disk in disks:
+            assert await rx.read(None, disk) == sx.content(disk)
+    # Not one disk after the other: each has had a turn before any has come to its end.
+    assert set(order[: len(order) // 2]) == {0, 1, 2}
 
 
 # Cuts
@@ -189,7 +220,8 @@ async def test_a_push_is_committed_though_the_clock_is_set_back_meanwhile(
 ) -> None:
     clock = itertools.count(1_700_000_000_000_000_000, -3_600_000_000_000)
     async with pair(tmp_path) as (rx, _, sx):
-        monkeypatch.setattr(pusher, "time", SimpleNamespace(time_ns=lambda: next(clock)))
+        for module in (pusher, transfer):
+            monkeypatch.setattr(module, "time", SimpleNamespace(time_ns=lambda: next(clock)))
         outcome = await sx.push(Want.SEED)
         assert outcome.point.duration_us == 0
         await same_on_both_sides(rx, sx, 1)
@@ -226,12 +258,12 @@ def cut_answers(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
 async def test_a_commit_that_this_side_cannot_follow(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The answer was lost, and then the spool: the push is given up here, and the next is a seed."""
+    """The answer was lost, and then the spool: the push is given up here, and the next compares."""
     async with pair(tmp_path) as (rx, _, sx):
         await sx.push(Want.SEED)
         change(sx, 2)
         cut_answers(monkeypatch, 100)
-        sx.pusher._patience_s = 0.0
+        sx.pusher.patience.limit_s = 0.0
         with pytest.raises(ConnectionLostError):
             await sx.push(Want.PUSH)
         for path in sorted(sx.config.work_path.rglob("*.skeleton")):
@@ -239,7 +271,7 @@ async def test_a_commit_that_this_side_cannot_follow(
         monkeypatch.undo()
         second = sx.content("disk-0")
         outcome = await sx.push(Want.RUN)
-        assert (outcome.point.number, outcome.point.kind) == (3, PushKind.SEED)
+        assert (outcome.point.number, outcome.compared is not None) == (3, True)
         assert "this side lost what it sent" in caplog.text
         await same_on_both_sides(rx, sx, 3)
         assert await rx.read(2) == second
@@ -252,10 +284,10 @@ async def test_a_line_that_goes_silent_is_tried_again(
     idle = [0.2]  # of the first connection only
 
     async def impatient(*args: Any, **options: Any) -> Any:
-        return await connect(*args, **options, idle_timeout_s=idle.pop() if idle else 60.0)
+        return await connect(*args, **(options | {"idle_timeout_s": idle.pop() if idle else 60.0}))
 
     async with pair(tmp_path) as (rx, line, sx):
-        monkeypatch.setattr(connection, "connect_stream", impatient)
+        monkeypatch.setattr(source_credentials, "connect_stream", impatient)
         line.cuts = [Cut(to_source=400, silent=True)]
         await sx.push(Want.SEED)
         assert len(line.passed) == 2
@@ -265,7 +297,7 @@ async def test_a_line_that_goes_silent_is_tried_again(
 async def test_a_command_gives_up_a_line_that_breaks_at_the_same_place(tmp_path: Path) -> None:
     async with pair(tmp_path) as (rx, line, sx):
         line.always = Cut(to_receiver=2000)
-        sx.pusher._patience_s = 0.3
+        sx.pusher.patience.limit_s = 0.3
         with trio.fail_after(HANG_S), pytest.raises(ConnectionLostError):
             await sx.push(Want.SEED)
         assert len(line.passed) > 1
@@ -280,7 +312,7 @@ async def test_a_receiver_that_is_not_there(
     def fail(*_: object) -> float:
         raise AssertionError("tried again")
 
-    monkeypatch.setattr(pusher, "backoff_s", fail)
+    monkeypatch.setattr(patience, "pause_s", fail)
     (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
     port = listener.socket.getsockname()[1]
     await listener.aclose()
@@ -297,7 +329,7 @@ async def test_a_wrong_key_is_said_once(
     def fail(*_: object) -> float:
         raise AssertionError("tried again")
 
-    monkeypatch.setattr(pusher, "backoff_s", fail)
+    monkeypatch.setattr(patience, "pause_s", fail)
     token = "c3" * 32
     async with receiver_site(tmp_path / "rx") as rx:
         before = await state_of(rx)
@@ -386,6 +418,41 @@ async def test_an_acknowledgement_of_what_was_not_sent(ack: m.Ack) -> None:
             await source.reply(m.Committed)
 
 
+@pytest.mark.usefixtures("autojump_clock")
+async def test_a_sender_waits_until_what_it_sent_has_landed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """However much may be unacknowledged: what is on its way is what a broken line costs."""
+    monkeypatch.setattr(connection, "ON_THE_WAY_MAX", 100)
+    async with session() as (source, receiver, nursery):
+        source.begin((0, 0), chunk=10)
+        await source.data(0, 0, [b"x" * 60])
+        sent: list[int] = []
+
+        async def send_more() -> None:
+            sent.append(round(await source.data(1, 0, [b"y" * 40])))
+            sent.append(round(await source.data(1, 40, [b"y" * 40])))
+
+        nursery.start_soon(send_more)
+        await trio.testing.wait_all_tasks_blocked()
+        assert sent == [0]
+        await trio.sleep(7)
+        await receiver.send(m.CONTROL, m.encode(m.Landed(0, 60)))
+        await trio.testing.wait_all_tasks_blocked()
+        assert sent == [0, 7]  # and it says how long it had to wait
+        assert source.acked == (0, 0)
+        assert not source.progressed
+
+
+@pytest.mark.parametrize("landed", [m.Landed(0, 91), m.Landed(1, 10), m.Landed(255, 0)])
+async def test_a_landing_of_what_was_not_sent(landed: m.Landed) -> None:
+    async with session() as (source, receiver, _):
+        await source.data(0, 0, [b"x" * 90])
+        await receiver.send(m.CONTROL, m.encode(landed))
+        with pytest.raises(WireError, match="has landed"):
+            await source.reply(m.Committed)
+
+
 async def test_a_reply_after_the_end_is_not_waited_for() -> None:
     async with session() as (source, receiver, _):
         await receiver.aclose()
@@ -407,14 +474,14 @@ async def test_a_refusal_goes_before_the_broken_line() -> None:
 
 async def test_pings_go_out(autojump_clock: trio.testing.MockClock) -> None:
     async with session() as (source, receiver, nursery):
-        nursery.start_soon(source.ping)
+        nursery.start_soon(source.ping, 2.0)
         for number in (1, 2, 3):
             message = await receiver.receive()
             assert message is not None
             assert (message[0], bytes(message[1])) == (m.CONTROL, m.encode(m.Ping()))
-            assert autojump_clock.current_time() == pytest.approx(connection.PING_S * number)
+            assert autojump_clock.current_time() == pytest.approx(2.0 * number)
         await receiver.aclose()
-        await trio.sleep(2 * connection.PING_S)
+        await trio.sleep(4.0)
         # The pings have stopped, and took no answer that the push waits for.
         with pytest.raises(ConnectionLostError):
             await source.reply(m.Committed)
@@ -443,7 +510,7 @@ async def test_a_source_that_lost_its_state_seeds_again_when_told_to(tmp_path: P
         contents = [scattered(1), sx.content("disk-0")]
         change(sx, 3)
         async with source_site(tmp_path / "sx2", line.port, sx.disks) as fresh:
-            with pytest.raises(RefusedError, match="run replctl seed"):
+            with pytest.raises(RefusedError, match="run replctl resync"):
                 await fresh.push(Want.PUSH)
             # It may as well be another host that has a VM of this name.
             with pytest.raises(RefusedError, match="which this side never pushed"):
@@ -534,7 +601,7 @@ async def test_an_image_that_changed_while_the_push_was_cut(tmp_path: Path) -> N
     async with pair(tmp_path) as (rx, line, sx):
         await sx.push(Want.SEED)
         change(sx, 2)
-        sx.pusher._patience_s = 0.0
+        sx.pusher.patience.limit_s = 0.0
         line.cuts = [Cut(to_receiver=500_000)]
         with pytest.raises(ConnectionLostError):
             await sx.push(Want.PUSH)
@@ -593,7 +660,7 @@ async def test_a_disk_that_shrank(tmp_path: Path) -> None:
 async def test_a_push_that_the_two_sides_disagree_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
-    """It is given up on both sides, and the next one seeds, in any process."""
+    """It is given up on both sides, and the next one compares, in any process."""
     async with pair(tmp_path) as (rx, _, sx):
         await sx.push(Want.SEED)
         await rx.settled()
@@ -608,12 +675,12 @@ async def test_a_push_that_the_two_sides_disagree_on(
             with pytest.raises(DamageError):
                 await sx.push(Want.PUSH)
         else:
-            finish = sx.pusher._finish
+            finish = sx.pusher.transfer.finish
 
             def lie(*args: Any) -> m.Finish:
                 return msgspec.structs.replace(finish(*args), root=bytes(32))
 
-            monkeypatch.setattr(sx.pusher, "_finish", lie)
+            monkeypatch.setattr(sx.pusher.transfer, "finish", lie)
             with pytest.raises(PeerRefusedError) as caught:
                 await sx.push(Want.PUSH)
             assert caught.value.code == "root-mismatch"
@@ -625,9 +692,8 @@ async def test_a_push_that_the_two_sides_disagree_on(
         receiver_site(tmp_path / "rx") as rx,
         source_site(tmp_path / "sx", rx.port, sx.disks) as again,
     ):
-        with pytest.raises(RefusedError, match="run replctl seed"):
-            await again.push(Want.PUSH)
-        assert (await again.push(Want.RUN)).point.kind is PushKind.SEED
+        outcome = await again.push(Want.RUN)
+        assert outcome.compared is not None
         await same_on_both_sides(rx, again, 2)
 
 

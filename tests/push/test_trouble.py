@@ -14,17 +14,18 @@ import pytest
 import trio
 
 from replicator.config import Config
+from replicator.credentials import SourceCredentials
 from replicator.domain.model import PushKind
 from replicator.errors import RefusedError, SourceError
-from replicator.push import pusher, trouble
-from replicator.push.connection import ConnectionLostError, _why
+from replicator.push import patience, trouble
+from replicator.push.connection import ConnectionLostError
+from replicator.push.link import Link, _why
 from replicator.push.plan import Want
 from replicator.push.pusher import Pusher
 from replicator.sources.image import ImageSource
-from replicator.wire.keys import PreSharedKey
 from tests.limits import HANG_S
 from tests.push.lab import raw_push, raw_source
-from tests.sites import GRAIN, TOKEN, ReceiverSite, SourceSite, receiver_site, source_site
+from tests.sites import GRAIN, ReceiverSite, SourceSite, receiver_site, source_site
 
 
 @asynccontextmanager
@@ -38,6 +39,10 @@ async def sites(tmp_path: Path) -> AsyncIterator[tuple[ReceiverSite, SourceSite]
         yield rx, sx
 
 
+def link_of(config: Config) -> Link:
+    return Link(config, SourceCredentials(config))
+
+
 def pusher_of(
     sx: SourceSite,
     disks: dict[str, Path] | None = None,
@@ -46,7 +51,7 @@ def pusher_of(
 ) -> Pusher:
     """The source as a later process has it."""
     source = ImageSource(name, disks or sx.disks, sx.config.work_path, GRAIN)
-    return Pusher(config or sx.config, sx.log, source, PreSharedKey.from_hex(TOKEN))
+    return Pusher(config or sx.config, sx.log, source, link_of(config or sx.config))
 
 
 async def closed_port() -> int:
@@ -87,25 +92,29 @@ async def test_a_push_that_tries_for_ever_is_noted_while_it_tries(
     async with sites(tmp_path) as (_, sx):
         await sx.push(Want.RUN)
         away = msgspec.structs.replace(sx.config, dr_port=await closed_port())
-        endless = Pusher(
-            away, sx.log, sx.source, PreSharedKey.from_hex(TOKEN), patience_s=float("inf")
-        )
-        attempts: list[int] = []
+        endless = Pusher(away, sx.log, sx.source, link_of(away), patience_s=float("inf"))
+        pauses: list[int] = []
         scope = trio.CancelScope()
 
-        def backoff(attempt: int, _: float) -> float:
-            attempts.append(attempt)
+        def pause(attempt: int, *_: float) -> float:
+            pauses.append(attempt)
             if attempt == 2:
                 scope.cancel()
             return 0.0
 
-        monkeypatch.setattr(pusher, "backoff_s", backoff)
+        monkeypatch.setattr(patience, "pause_s", pause)
+        monkeypatch.setattr(patience, "TELL_S", 0.0)
         with scope, trio.fail_after(HANG_S):
             await endless.push(Want.RUN)
-        assert attempts == [0, 1, 2]
+        assert pauses == [0, 1, 2]
         found = await trouble.load(sx.log, str(sx.uuid))
         assert found is not None
-        assert found.failures >= 2
+        assert found.failures == 3
+        assert endless.reconnects == {"web": 0}
+        # Several that were not told one by one are counted all the same.
+        await trouble.note(sx.log, str(sx.uuid), ConnectionLostError("cut"), found.at_us + 1, 5)
+        later = await trouble.load(sx.log, str(sx.uuid))
+        assert later == trouble.Trouble(found.since_us, found.at_us + 1, "cut", 8)
 
 
 async def test_a_source_that_cannot_be_asked_is_noted_too(
@@ -138,10 +147,10 @@ def test_why_no_connection_could_be_made() -> None:
     ):
         summed_up = OSError("all attempts to connect to dr.example:9848 failed")
         summed_up.__cause__ = cause
-        assert _why(summed_up) == expected
+        assert _why(summed_up, 15) == expected
     unknown = socket.gaierror(socket.EAI_NONAME, "Name or service not known")
-    assert _why(unknown) == "Name or service not known"
-    assert _why(trio.TooSlowError()) == "no answer within 15 s"
+    assert _why(unknown, 15) == "Name or service not known"
+    assert _why(trio.TooSlowError(), 15) == "no answer within 15 s"
 
 
 async def test_disks_that_come_and_go_are_said(

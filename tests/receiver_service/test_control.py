@@ -15,7 +15,8 @@ import trio
 
 from receiver.failover.clone import CloneManager
 from receiver.service.control import ControlApi, _while_running
-from receiver.service.http import NotFoundError
+from replicator.control.metrics import Live, Metrics
+from replicator.control.server import NotFoundError, Page
 from replicator.domain import model
 from replicator.errors import RefusedError, UsageError
 from tests.sites import receiver_site, source_site
@@ -35,12 +36,13 @@ async def control(folder: Path) -> AsyncIterator[ControlApi]:
         await sx.push()
         await rx.settled()
         clones = CloneManager(rx.config, rx.log, rx.stores, nursery)
-        yield ControlApi(rx.log, rx.stores, clones, folder)
+        yield ControlApi(rx.log, rx.stores, clones, folder, Metrics(rx.log, Live()))
         nursery.cancel_scope.cancel()
 
 
 async def ask(api: ControlApi, method: str, target: str, **body: Any) -> list[dict[str, Any]]:
     answer = await api.handle(method, target, body)
+    assert not isinstance(answer, Page)
     return [answer] if isinstance(answer, dict) else [line async for line in answer]
 
 
@@ -123,6 +125,8 @@ async def test_verify_says_how_far_it_is_and_what_it_found(tmp_path: Path) -> No
         ("POST", "/v1/vms/web/export", {}, UsageError),
         ("POST", "/v1/vms/web/export", {"disk": "disk-7"}, RefusedError),
         ("GET", "/v1/vms/db/points", {}, RefusedError),
+        ("GET", "/v1/throttle", {}, UsageError),
+        ("POST", "/metrics", {}, NotFoundError),
         ("GET", "/v1/vms/..%2F..%2Fetc/points", {}, RefusedError),
     ],
 )

@@ -16,7 +16,7 @@ import trio
 
 from replicator.disk import DiskView, Extent
 from replicator.errors import ReferenceLostError, SnapshotGoneError
-from replicator.sources.base import Snapshot, SnapshotName, Source
+from replicator.sources.base import HeldSnapshot, Snapshot, SnapshotName, Source
 
 GRAIN = 64 << 10
 
@@ -381,6 +381,23 @@ async def sweeping_leaves_what_is_kept(lab: SourceLab) -> None:
     await snapshot.aclose()
     await lab.source().sweep(None, None)
     assert await lab.leftovers() == []
+
+
+@check
+async def what_takes_room_is_listed(lab: SourceLab) -> None:
+    """Of any process; what is read in place, and a reference that is a record, take none."""
+    await fill(lab, "held")
+    assert list(await lab.source().held()) == []
+    await commit(lab, "p1", None)
+    assert list(await lab.source().held()) == []
+    name = SnapshotName("p2", "p1")
+    snapshot = await lab.source().take(name)
+    expected = [HeldSnapshot("p2", snapshot.taken_at_us)] if lab.live else []
+    assert list(await lab.source().held()) == expected
+    await snapshot.aclose()
+    assert list(await lab.source().held()) == expected
+    await lab.source().abandon(name)
+    assert list(await lab.source().held()) == []
 
 
 @check

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from replicator.errors import SnapshotGoneError, UsageError
-from replicator.sources.base import SnapshotName
+from replicator.sources.base import HeldSnapshot, SnapshotName
 from replicator.sources.image import ImageSource
 from tests.sources.conformance import CHECKS, GRAIN, Check
 
@@ -52,6 +52,18 @@ class ImageLab:
 @pytest.fixture
 def lab(tmp_path: Path) -> ImageLab:
     return ImageLab(tmp_path)
+
+
+@pytest.fixture
+def clones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stands in for FICLONE, which the test's file system may not have: the clone is a copy."""
+
+    def clone(target: int, request: int, source: int) -> int:
+        assert request == 0x40049409
+        data = os.pread(source, os.fstat(source).st_size, 0)
+        return os.pwrite(target, data, 0)
+
+    monkeypatch.setattr("replicator.sources.image.fcntl.ioctl", clone)
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
@@ -108,17 +120,8 @@ async def test_missing_empty_and_strange_images(lab: ImageLab) -> None:
         ImageSource("vm", {"../x": lab.root / "disk-0"}, lab.work, GRAIN)
 
 
-async def test_clones_are_read_where_the_file_system_has_them(
-    lab: ImageLab, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Stands in for FICLONE, which the test's file system may not have: the clone is a copy."""
-
-    def clone(target: int, request: int, source: int) -> int:
-        assert request == 0x40049409
-        data = os.pread(source, os.fstat(source).st_size, 0)
-        return os.pwrite(target, data, 0)
-
-    monkeypatch.setattr("replicator.sources.image.fcntl.ioctl", clone)
+@pytest.mark.usefixtures("clones")
+async def test_clones_are_read_where_the_file_system_has_them(lab: ImageLab) -> None:
     await lab.write("disk-0", 100, b"at the instant")
     expected = {disk: await lab.content(disk) for disk in lab.disks}
     name = SnapshotName("p1", None)
@@ -134,3 +137,23 @@ async def test_clones_are_read_where_the_file_system_has_them(
     assert len(await lab.leftovers()) == 3
     await lab.source().confirm(name)
     assert await lab.leftovers() == []
+
+
+@pytest.mark.usefixtures("clones")
+async def test_clones_take_room_also_where_their_record_is_lost(lab: ImageLab) -> None:
+    taken_at_us = {}
+    for push_id in ("p1", "p2", "p3"):
+        snapshot = await lab.source().take(SnapshotName(push_id, None))
+        taken_at_us[push_id] = snapshot.taken_at_us
+        await snapshot.aclose()
+    (lab.work / "replctl-p2.json").write_text("{")
+    (lab.work / "replctl-p3.json").unlink()
+    # Of these the clones' own time is known.
+    for push_id, second in (("p2", 2), ("p3", 1)):
+        for index in range(2):
+            os.utime(lab.work / f"replctl-{push_id}-{index}.raw", (second, second + index))
+    assert await lab.source().held() == [
+        HeldSnapshot("p3", 1_000_000),
+        HeldSnapshot("p2", 2_000_000),
+        HeldSnapshot("p1", taken_at_us["p1"]),
+    ]

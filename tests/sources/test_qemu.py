@@ -16,7 +16,7 @@ from replicator.errors import ReferenceLostError, SnapshotGoneError, SourceError
 from replicator.nbd.client import open_nbd
 from replicator.nbd.protocol import NbdError
 from replicator.sources import qemu
-from replicator.sources.base import SnapshotName
+from replicator.sources.base import HeldSnapshot, SnapshotName
 from replicator.sources.qemu import QemuSource
 from tests.lab_qemu import StorageDaemon, storage_daemon
 from tests.sources.conformance import (
@@ -267,6 +267,36 @@ async def test_a_foreign_nbd_server_must_be_named() -> None:
         # The server of others was left alone.
         async with open_nbd(daemon.nbd_socket, "disk-a") as client:
             assert client.size == daemon.disks["disk-a"]
+
+
+async def test_what_a_dead_qemu_left_takes_room_until_it_is_removed() -> None:
+    async with storage_daemon(QemuLab.SIZES) as daemon:
+        lab = QemuLab(daemon)
+        name = SnapshotName("p1", None)
+        snapshot = await lab.source().take(name)
+        await snapshot.aclose()
+        await daemon.stop(signal.SIGKILL)
+        with pytest.raises(SourceError, match="no QEMU"):
+            await lab.source().held()
+        await daemon.start()
+        assert await lab.source().held() == [HeldSnapshot("p1", snapshot.taken_at_us)]
+        (lab.work / "replctl-p1.json").unlink()
+        (held,) = await lab.source().held()
+        assert held.taken_at_us == (lab.work / "replctl-p1-0.qcow2").stat().st_mtime_ns // 1000
+        await lab.source().abandon(name)
+        assert await lab.source().held() == []
+
+
+async def test_a_snapshot_whose_files_are_gone_takes_room_all_the_same() -> None:
+    """QEMU has them open; nobody knows when it was taken, so it is as old as can be."""
+    async with storage_daemon(QemuLab.SIZES) as daemon:
+        lab = QemuLab(daemon)
+        await (await lab.source().take(SnapshotName("p1", None))).aclose()
+        for path in lab.work.iterdir():
+            path.unlink()
+        assert await lab.source().held() == [HeldSnapshot("p1", 0)]
+        await lab.source().sweep(None, None)
+        assert await lab.source().held() == []
 
 
 async def test_a_job_that_ended_ends_the_snapshot() -> None:

@@ -15,6 +15,7 @@ from replicator.domain.model import PushKind
 from replicator.domain.vm import ProtectedVm
 from replicator.errors import RefusedError
 from replicator.log import EventLog, open_log
+from replicator.push.plan import Want
 from tests.sites import GRAIN, ReceiverSite, SourceSite, receiver_site, source_site
 from tests.store.random_vm import RandomVm, image_root
 
@@ -38,6 +39,8 @@ STORY: dict[int, Callable[[RandomVm], None]] = {
     19: lambda vm: vm.add("disk-1", 2 * GRAIN),
 }
 SEED_AGAIN = 16
+#: Here the source has lost its maps, and compares: while disks grow and come, and after a seed.
+RESYNCS = {4, 6, 17}
 SHRINK = 13
 
 
@@ -89,12 +92,13 @@ async def live(folder: Path, receiver: ReceiverSite, vm: RandomVm, keep: int) ->
         if number in STORY:
             STORY[number](vm)
         async with source_site(folder / "source", receiver.port, vm.disks) as source:
-            if number == SEED_AGAIN:
+            if number in RESYNCS:
                 lose_maps(source)
             if number == SHRINK:
                 await check_shrink_refused(receiver, source, vm)
-            outcome = await source.push()
+            outcome = await source.push(Want.SEED_AGAIN if number == SEED_AGAIN else Want.RUN)
             assert outcome.point.number == number
+            assert (outcome.compared is not None) == (number in RESYNCS)
             assert (outcome.point.kind is PushKind.SEED) == (number in (1, SEED_AGAIN))
             vm.committed(outcome.point)
             last = state(source.log.vms[0])

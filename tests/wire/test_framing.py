@@ -19,7 +19,11 @@ from replicator.wire.framing import (
     MessageParser,
     MessageStream,
 )
+from replicator.wire.keys import Keyring, PreSharedKey
+from replicator.wire.stream import AuthenticatedStream, accept_stream, connect_stream
+from tests.limits import HANG_S
 
+KEY = PreSharedKey.from_hex("5a" * 32)
 DATA = 9
 DATA_MAX = 1 << 20
 LIMITS = MessageLimits({DATA: DATA_MAX, 0: 0})
@@ -45,6 +49,27 @@ async def receive(stream: MessageStream) -> tuple[int, bytes]:
     message = await stream.receive()
     assert message is not None
     return plain(message)
+
+
+async def body_of(stream: MessageStream) -> memoryview:
+    message = await stream.receive()
+    assert message is not None
+    assert isinstance(message[1], memoryview)
+    return message[1]
+
+
+async def authenticated_pair() -> tuple[AuthenticatedStream, AuthenticatedStream]:
+    left, right = trio.testing.memory_stream_pair()
+    made: list[AuthenticatedStream] = []
+
+    async def accept() -> None:
+        made.append(await accept_stream(right, Keyring([KEY]), deadline_s=HANG_S))
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(accept)
+        made.insert(0, await connect_stream(left, KEY, deadline_s=HANG_S))
+    client, server = made
+    return client, server
 
 
 messages = st.lists(st.tuples(st.integers(1, 255), st.binary(max_size=200)), max_size=6)
@@ -128,11 +153,11 @@ class Recorder(trio.abc.Stream):
     """Records what is sent, call by call."""
 
     def __init__(self) -> None:
-        self.sent: list[bytes | bytearray | memoryview] = []
+        self.sent: list[bytes] = []
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
         await trio.lowlevel.checkpoint()
-        self.sent.append(data)
+        self.sent.append(bytes(data))
 
     async def wait_send_all_might_not_block(self) -> None:
         raise NotImplementedError
@@ -144,15 +169,42 @@ class Recorder(trio.abc.Stream):
         raise NotImplementedError
 
 
-async def test_small_pieces_travel_together_and_large_ones_uncopied() -> None:
-    large = bytearray(1 << 18)
+async def test_a_message_goes_to_a_plain_stream_in_one_piece() -> None:
+    """One record of TLS after another, and no small one before each large one."""
+    large = bytearray(b"x" * (1 << 18))
     recorder = Recorder()
     await MessageStream(recorder, LIMITS).send(DATA, b"ab", b"cd", large, large, b"", b"tail")
-    head = (8 + (1 << 19)).to_bytes(4) + bytes([DATA])
-    assert recorder.sent == [head + b"abcd", large, large, b"tail"]
-    for sent in recorder.sent[1:3]:
-        assert isinstance(sent, memoryview)
-        assert sent.obj is large
+    assert recorder.sent == [encode(DATA, b"abcd" + large + large + b"tail")]
+
+
+async def test_bodies_that_fill_a_frame_are_not_copied_and_their_memory_is_used_again() -> None:
+    left, right = await authenticated_pair()
+    sender, receiver = MessageStream(left, LIMITS), MessageStream(right, LIMITS)
+    memory: list[object] = []
+    async with trio.open_nursery() as nursery:
+        for content in (b"a", b"b", b"c"):
+            nursery.start_soon(sender.send, DATA, content * DATA_MAX)
+            body = await body_of(receiver)
+            assert body == content * DATA_MAX
+            memory.append(body.obj)
+            if content == b"a":
+                receiver.recycle(body)
+    assert memory[1] is memory[0]
+    assert memory[2] is not memory[1]
+
+
+async def test_several_messages_in_one_frame_share_no_memory() -> None:
+    """A sender may put them together; who takes the second must not find the first overwritten."""
+    left, right = await authenticated_pair()
+    receiver = MessageStream(right, LIMITS)
+    one, two = b"1" * 20_000, b"2" * 20_000
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(left.send_all, encode(DATA, one) + encode(DATA, two))
+        first = await body_of(receiver)
+        second = await body_of(receiver)
+    assert first == one
+    assert second == two
+    assert first.obj is not second.obj
 
 
 async def test_a_message_above_its_bound_is_not_sent_at_all() -> None:

@@ -25,6 +25,7 @@ from replicator.wire.handshake import (
     ServerHandshake,
     Session,
     State,
+    alert_message,
 )
 from replicator.wire.keys import Keyring, PreSharedKey
 
@@ -103,7 +104,7 @@ def test_both_sides_end_with_the_same_keys_crossed_and_the_key_that_was_proved()
     assert client.session_id == server.session_id
     assert len(client.session_id) == 16
     assert server.peer_key is KEY
-    assert (client.version, client.suite) == (server.version, server.suite) == (1, 1)
+    assert (client.version, client.suite) == (server.version, server.suite) == (1, 2)
 
 
 def test_two_sessions_of_one_key_share_nothing() -> None:
@@ -363,6 +364,8 @@ def test_every_bit_of_the_handshake_is_authenticated() -> None:
     [
         (Offer(versions=(2, 1)), Offer(versions=(1,))),
         (Offer(suites=(2, 1)), Offer(suites=(1,))),
+        (Offer(suites=(2, 1)), Offer(suites=(1, 2))),
+        (Offer(suites=(2,)), Offer(suites=(2, 1))),
         (Offer(versions=(2, 1)), Offer(versions=(1, 1))),
         (Offer(), Offer(versions=(1, 2))),
     ],
@@ -370,7 +373,8 @@ def test_every_bit_of_the_handshake_is_authenticated() -> None:
 def test_who_strips_or_adds_versions_or_suites_on_the_way_is_found_out(
     offer: Offer, stripped: Offer
 ) -> None:
-    client, server = ClientHandshake(KEY, offer=offer), ServerHandshake(Keyring([KEY]))
+    client = ClientHandshake(KEY, offer=offer)
+    server = ServerHandshake(Keyring([KEY]), suites=(2, 1))
     fixed = client.start()[-72:]
     lists = b"".join(
         struct.pack(f">B{len(values)}H", len(values), *values)
@@ -381,12 +385,26 @@ def test_who_strips_or_adds_versions_or_suites_on_the_way_is_found_out(
 
 
 def test_of_several_versions_the_one_both_speak_is_chosen() -> None:
-    client = ClientHandshake(KEY, offer=Offer(versions=(7, 1), suites=(9, 1)))
+    client = ClientHandshake(KEY, offer=Offer(versions=(7, 1), suites=(9, 2)))
     session, _ = finish(client, ServerHandshake(Keyring([KEY])))
-    assert (session.version, session.suite) == (1, 1)
+    assert (session.version, session.suite) == (1, 2)
 
 
-@pytest.mark.parametrize("choice", [(2, 1), (1, 2), (0, 0)])
+@pytest.mark.parametrize(
+    ("offered", "taken", "chosen"),
+    [((2,), (2,), 2), ((2,), (2, 1), 2), ((1,), (2, 1), 1), ((1, 2), (2, 1), 2)],
+)
+def test_the_servers_best_suite_is_chosen_of_those_that_both_speak(
+    offered: tuple[int, ...], taken: tuple[int, ...], chosen: int
+) -> None:
+    client, server = finish(
+        ClientHandshake(KEY, offer=Offer(suites=offered)),
+        ServerHandshake(Keyring([KEY]), suites=taken),
+    )
+    assert (client.suite, server.suite) == (chosen, chosen)
+
+
+@pytest.mark.parametrize("choice", [(2, 2), (1, 1), (0, 0)])
 def test_a_choice_that_was_not_offered_is_refused(choice: tuple[int, int]) -> None:
     client, server = ClientHandshake(KEY), ServerHandshake(Keyring([KEY]))
     reply = server.receive_data(client.start())
@@ -395,20 +413,38 @@ def test_a_choice_that_was_not_offered_is_refused(choice: tuple[int, int]) -> No
 
 
 @pytest.mark.parametrize(
-    ("offer", "code", "text"),
+    ("offer", "code", "text", "there"),
     [
-        (Offer(versions=(2,)), Alert.NO_COMMON_VERSION, "no protocol version in common"),
-        (Offer(suites=(2,)), Alert.NO_COMMON_SUITE, "no cipher suite in common"),
+        (
+            Offer(versions=(2,)),
+            Alert.NO_COMMON_VERSION,
+            "no protocol version in common with the client",
+            "no protocol version in common",
+        ),
+        (
+            Offer(suites=(1, 9)),
+            Alert.NO_COMMON_SUITE,
+            "dr_cipher is none or suite 9 on the source and aes-256-gcm on the receiver",
+            "dr_cipher differs on source and receiver",
+        ),
     ],
 )
-def test_without_anything_in_common_both_sides_say_so(offer: Offer, code: Alert, text: str) -> None:
+def test_without_anything_in_common_both_sides_say_so(
+    offer: Offer, code: Alert, text: str, there: str
+) -> None:
     client, server = ClientHandshake(KEY, offer=offer), ServerHandshake(Keyring([KEY]))
     assert text in str(error_of(server, client.start()))
     assert server.alert == alert(code)
     error = error_of(client, server.alert)
-    assert text in str(error)
+    assert there in str(error)
     assert "not proven" in str(error)
     assert not isinstance(error, AuthenticationError)
+
+
+def test_a_receiver_that_takes_certificates_only_can_say_so() -> None:
+    told = alert_message(Alert.CERTIFICATE_WANTED)
+    assert told == alert(5)
+    assert "dr_auth_cert" in str(error_of(in_state(State.CLIENT_WAITS_HELLO), told))
 
 
 def test_an_alert_of_a_later_version_is_reported_by_number() -> None:

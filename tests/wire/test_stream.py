@@ -7,6 +7,7 @@ import hashlib
 import math
 import traceback
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from functools import partial
 
 import pytest
@@ -24,7 +25,7 @@ from replicator.wire import (
     connect_stream,
 )
 from replicator.wire import stream as stream_module
-from replicator.wire.frames import HEAD_BYTES, PAYLOAD_BYTES_MAX
+from replicator.wire.frames import HEAD_BYTES, PAYLOAD_BYTES_MAX, SEAL_BYTES
 from replicator.wire.handshake import ClientHandshake
 
 KEY = PreSharedKey.from_hex(hashlib.sha256(b"key").hexdigest(), name="to site B", vm="web")
@@ -224,7 +225,8 @@ async def read_to_the_end(stream: AuthenticatedStream) -> bytes:
 
 
 async def test_a_session_cut_at_any_byte_is_a_broken_connection() -> None:
-    whole = 2 * HEAD_BYTES + len(b"hello")
+    frame = HEAD_BYTES + SEAL_BYTES
+    whole = 2 * frame + len(b"hello")
     for cut in range(whole):
         left, right = await memory_pair()
         sent = await record(left, partial(left.send_all, b"hello"))
@@ -232,7 +234,7 @@ async def test_a_session_cut_at_any_byte_is_a_broken_connection() -> None:
         assert len(sent) == whole
         incoming(right).put_data(sent[:cut])
         incoming(right).put_eof()
-        if cut >= HEAD_BYTES + len(b"hello"):
+        if cut >= frame + len(b"hello"):
             assert await right.receive_some() == b"hello"
         for _ in range(2):
             with pytest.raises(trio.BrokenResourceError, match="no authenticated close"):
@@ -320,12 +322,16 @@ async def test_a_receive_that_gets_bytes_while_a_close_is_under_way_says_closed(
         with pytest.raises(trio.ClosedResourceError):
             await left.receive_some()
 
+    async def late() -> None:
+        with suppress(trio.BrokenResourceError):  # nobody takes the rest of it
+            await right.send_all(b"late")
+
     async with trio.open_nursery() as nursery:
         nursery.start_soon(closed)
         await trio.testing.wait_all_tasks_blocked()
         nursery.start_soon(left.aclose)
         await trio.testing.wait_all_tasks_blocked()
-        nursery.start_soon(right.send_all, b"late")
+        nursery.start_soon(late)
         await trio.testing.wait_all_tasks_blocked()
         assert await right.receive_some() == b""
 
@@ -522,7 +528,7 @@ async def refuses(stream: AuthenticatedStream, data: bytes) -> None:
 
 
 async def test_every_turned_bit_of_a_frame_is_refused() -> None:
-    for bit in range((HEAD_BYTES + 2) * 8):
+    for bit in range((HEAD_BYTES + 2 + SEAL_BYTES) * 8):
         if bit // 8 in range(4) and bit != 31:
             # A greater length is refused at once or waited for; test_frames has every bit.
             continue

@@ -10,10 +10,13 @@ from __future__ import annotations
 import hashlib
 import hmac
 
+import pytest
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
+from replicator.wire import frames
 from replicator.wire.frames import FrameSealer
-from replicator.wire.handshake import ClientHandshake, Ephemeral, ServerHandshake
+from replicator.wire.handshake import ClientHandshake, Ephemeral, Offer, ServerHandshake
 from replicator.wire.keys import Keyring, PreSharedKey
 
 ALICE = bytes.fromhex("77076d0a7318a57d3c16c17251b26645df4c2f87ebc0992ab177fba51db92c2a")
@@ -56,8 +59,10 @@ CLIENT_PROOF = mac(KEYS[32:64], b"replctl wire v1 client proof\0", TRANSCRIPT, S
 
 def test_a_whole_session_is_byte_for_byte_as_the_document_says() -> None:
     key = PreSharedKey.from_hex(PSK.hex())
-    client = ClientHandshake(key, ephemeral=ephemeral(ALICE, CLIENT_NONCE))
-    server = ServerHandshake(Keyring([key]), ephemeral=ephemeral(BOB, SERVER_NONCE))
+    client = ClientHandshake(
+        key, offer=Offer(suites=(1,)), ephemeral=ephemeral(ALICE, CLIENT_NONCE)
+    )
+    server = ServerHandshake(Keyring([key]), suites=(1,), ephemeral=ephemeral(BOB, SERVER_NONCE))
     assert client.start() == CLIENT_HELLO
     assert server.receive_data(CLIENT_HELLO) == SERVER_UNSIGNED + SERVER_PROOF
     proof = client.receive_data(SERVER_UNSIGNED + SERVER_PROOF)
@@ -70,9 +75,25 @@ def test_a_whole_session_is_byte_for_byte_as_the_document_says() -> None:
 
     sealer = FrameSealer(client.session.send_key)
     first = bytes(8) + b"\x00\x00\x00\x05\x01"
-    assert sealer.seal(b"hello") == first[8:] + mac(KEYS[64:96], first, b"hello")
+    assert sealer.seal(b"hello") == first[8:] + b"hello" + mac(KEYS[64:96], first, b"hello")
     second = bytes(7) + b"\x01" + b"\x00\x00\x00\x00\x02"
     assert sealer.seal_close() == second[8:] + mac(KEYS[64:96], second)
+
+    sealer = FrameSealer(client.session.send_key, sealed=True)
+    cipher = AESGCM(KEYS[64:96])
+    assert sealer.seal(b"hello") == first[8:] + cipher.encrypt(bytes(12), b"hello", first)
+    assert sealer.seal_close() == second[8:] + cipher.encrypt(bytes(11) + b"\x01", b"", second)
+
+
+def test_the_next_frame_key_is_as_the_document_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(frames, "FRAMES_PER_KEY", 1)
+    sealer = FrameSealer(KEYS[64:96], sealed=True)
+    sealer.seal(b"under the first key")
+    # RFC 5869, 2.3: the expansion alone, of one block.
+    key = mac(KEYS[64:96], b"replctl wire v1 next frame key", b"\x01")
+    second = bytes(7) + b"\x01" + b"\x00\x00\x00\x05\x01"
+    sealed = AESGCM(key).encrypt(bytes(11) + b"\x01", b"hello", second)
+    assert sealer.seal(b"hello") == second[8:] + sealed
 
 
 def test_the_derived_values_are_frozen() -> None:

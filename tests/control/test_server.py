@@ -16,8 +16,8 @@ import pytest
 import trio
 import trio.testing
 
-from receiver.service import http
-from receiver.service.http import Answer, NotFoundError, serve_http
+from replicator.control import server
+from replicator.control.server import Answer, NotFoundError, serve_http
 from replicator.errors import RefusedError, StateError, UsageError
 from tests.limits import HANG_S
 
@@ -150,7 +150,7 @@ async def test_an_error_carries_the_exit_code(
         (b"GET /echo HTTP/1.1\r\n\r\n", 400),  # no Host
         (b"POST /echo HTTP/1.1\r\nHost: x\r\nContent-Length: soon\r\n\r\n", 400),
         (b"GET /" + b"a" * 70_000 + b" HTTP/1.1\r\nHost: x\r\n\r\n", 431),
-        (post("/echo", b"x" * (http._BODY_MAX + 1)), 413),
+        (post("/echo", b"x" * (server._BODY_MAX + 1)), 413),
         (post("/echo", b"{"), 400),
         (post("/echo", b"[1]"), 400),
         (post("/echo", b"[" * 60_000), 400),
@@ -189,7 +189,7 @@ async def test_head_cannot_be_answered_with_a_body_and_ends_nothing(path: Path) 
 
 
 async def test_a_slow_request_is_told_so(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http, "_REQUEST_S", 0.05)
+    monkeypatch.setattr(server, "_REQUEST_S", 0.05)
     async with serving(path) as routes:
         status, (answer,) = await exchange(path, b"POST /echo HTTP/1.1\r\nHost: x\r\n")
         assert (status, answer["exit_code"]) == (408, 2)
@@ -229,7 +229,7 @@ async def test_a_stream_ends_when_its_client_does_not_read(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with serving(path) as routes, await trio.open_unix_socket(str(path)) as stream:
-        monkeypatch.setattr(http, "_REQUEST_S", 0.05)
+        monkeypatch.setattr(server, "_REQUEST_S", 0.05)
         await stream.send_all(get("/flood"))
         with trio.fail_after(HANG_S):
             await routes.closed.wait()
@@ -251,6 +251,18 @@ async def test_a_stale_socket_is_replaced(path: Path) -> None:
     assert mode_of(path) is not None
     async with serving(path):
         assert (await exchange(path, get("/echo")))[0] == 200
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["answers", "queue-full"])
+async def test_a_socket_that_another_process_has_is_left_to_it(path: Path, full: bool) -> None:
+    with socket.socket(socket.AF_UNIX) as other, socket.socket(socket.AF_UNIX) as client:
+        other.bind(str(path))
+        other.listen(0)
+        if full:  # of the backlog: a connection that is not taken
+            client.connect(str(path))
+        with pytest.raises(RefusedError, match="another process answers at the control socket"):
+            await serve_http(path, Routes())
+        assert mode_of(path) is not None
 
 
 async def test_what_is_no_socket_is_left_alone(path: Path) -> None:

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""A small HTTP/1.1 server on a Unix socket (h11): JSON in, JSON or a stream of JSON lines out.
+"""A small HTTP/1.1 server (h11) on a Unix socket, or on TCP for metrics: JSON in; JSON, a stream of JSON lines or a page of
+text out.
 
 It knows routes only as a callable; errors of the tree become status codes with the command's exit code inside.
 """
@@ -12,6 +13,8 @@ import os
 import socket
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing, suppress
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +34,17 @@ _REQUEST_S = 30.0
 _CONNECTIONS_MAX = 64
 _SOCKET_NAME_MAX = 107
 
-#: One line of an answer; a handler gives either one object or a stream of them.
-Answer = dict[str, Any] | AsyncGenerator[dict[str, Any], None]
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """An answer that is no JSON."""
+
+    content_type: str
+    body: bytes
+
+
+#: A handler gives one object, a stream of them, or a page.
+Answer = dict[str, Any] | AsyncGenerator[dict[str, Any], None] | Page
 Handler = Callable[[str, str, dict[str, Any]], Awaitable[Answer]]
 
 
@@ -46,11 +58,44 @@ async def serve_http(
     *,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Serve until cancelled. ``handler(method, target, body)``; a stream is closed when its client goes away.
+    """Serve on a Unix socket until cancelled. ``handler(method, target, body)``; a stream is closed when its client goes away.
 
-    Raises UsageError for a path that is too long, StateError if the socket cannot be made.
+    Raises UsageError for a path that is too long, StateError if the socket cannot be made, RefusedError if another process
+    answers there.
     """
     listener = _listen(path)
+    try:
+        await _serve([listener], handler, "control", task_status.started)
+    finally:
+        listener.socket.close()
+        with suppress(FileNotFoundError):
+            os.unlink(path)
+
+
+async def serve_tcp(
+    host: str,
+    port: int,
+    handler: Handler,
+    name: str,
+    *,
+    task_status: trio.TaskStatus[int] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Serve on TCP until cancelled; reports started with the port. ``name`` is the key that says so, for messages.
+
+    Raises StateError if it cannot listen there.
+    """
+    try:
+        listeners = await trio.open_tcp_listeners(port, host=host)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise StateError(f"{name}: cannot listen on {host}:{port}: {reason}") from error
+    port = listeners[0].socket.getsockname()[1]
+    await _serve(listeners, handler, name, partial(task_status.started, port))
+
+
+async def _serve(
+    listeners: list[trio.SocketListener], handler: Handler, name: str, started: Callable[[], None]
+) -> None:
     places = trio.CapacityLimiter(_CONNECTIONS_MAX)
 
     async def connection(stream: trio.SocketStream) -> None:
@@ -58,32 +103,33 @@ async def serve_http(
             try:
                 await _Connection(stream, handler).run()
             except (OSError, trio.BrokenResourceError, trio.ClosedResourceError) as error:
-                _logger.debug("control client: %s", error)
+                _logger.debug("%s client: %s", name, error)
             except _UnreadError:
-                _logger.warning("a control client did not read its answer in time")
+                _logger.warning("a %s client did not read its answer in time", name)
             except h11.LocalProtocolError as error:
                 # What was asked for cannot be said in HTTP, such as a body in answer to HEAD.
-                _logger.warning("a control client cannot be answered: %s", error)
+                _logger.warning("a %s client cannot be answered: %s", name, error)
 
-    try:
-        async with trio.open_nursery() as nursery:
-            await nursery.start(trio.serve_listeners, connection, [listener])
-            task_status.started()
-    finally:
-        listener.socket.close()
-        with suppress(FileNotFoundError):
-            os.unlink(path)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(trio.serve_listeners, connection, listeners)
+        started()
 
 
-def _listen(path: Path) -> trio.SocketListener:
-    """The socket, for its owner only. The caller holds the state directory's lock: an old one is stale."""
+def check_path(path: Path) -> None:
+    """Raise UsageError for a control socket whose name is too long to be one."""
     if len(os.fsencode(path)) > _SOCKET_NAME_MAX:
         raise UsageError(
             f"control_socket: {path} is longer than a socket's name may be ({_SOCKET_NAME_MAX} bytes)"
         )
+
+
+def _listen(path: Path) -> trio.SocketListener:
+    """The socket, for its owner only."""
+    check_path(path)
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
     try:
         if path.is_socket():
+            _check_stale(path)
             path.unlink()
         sock.bind(os.fspath(path))
         # Nobody can connect before it listens, and then it is private: no need to touch the process's umask.
@@ -93,6 +139,24 @@ def _listen(path: Path) -> trio.SocketListener:
     except OSError as error:
         sock.close()
         raise StateError(f"control socket {path}: {error.strerror}") from error
+    except RefusedError:
+        sock.close()
+        raise
+
+
+def _check_stale(path: Path) -> None:
+    """Raise RefusedError if a process listens there: the state directory's lock keeps out only those with the same one."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as probe:
+        probe.setblocking(False)
+        try:
+            probe.connect(os.fspath(path))
+        except BlockingIOError:
+            pass  # its queue is full: somebody listens
+        except OSError:
+            return
+    raise RefusedError(
+        f"another process answers at the control socket {path}: give each its own control_socket"
+    )
 
 
 class _UnreadError(Exception):
@@ -128,6 +192,8 @@ class _Connection:
         else:
             if isinstance(answer, dict):
                 await self._send_whole(200, answer)
+            elif isinstance(answer, Page):
+                await self._send_page(200, answer)
             else:
                 await self._send_stream(answer)
 
@@ -152,14 +218,16 @@ class _Connection:
                 raise trio.BrokenResourceError("no whole request came")
 
     async def _send_whole(self, status: int, body: dict[str, Any]) -> None:
-        data = json.dumps(body).encode()
+        await self._send_page(status, Page("application/json", json.dumps(body).encode()))
+
+    async def _send_page(self, status: int, page: Page) -> None:
         headers = [
-            ("Content-Type", "application/json"),
-            ("Content-Length", str(len(data))),
+            ("Content-Type", page.content_type),
+            ("Content-Length", str(len(page.body))),
             ("Connection", "close"),
         ]
         head = self._http.send(h11.Response(status_code=status, headers=headers))
-        sent = self._http.send(h11.Data(data=data))
+        sent = self._http.send(h11.Data(data=page.body))
         end = self._http.send(h11.EndOfMessage())
         await self._put((head or b"") + (sent or b"") + (end or b""))
 

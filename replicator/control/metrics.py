@@ -1,0 +1,254 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""The metrics page, in the text format of Prometheus: what the log says, and a few gauges of the process that runs.
+
+A counter is a sum over the log, so that no restart loses it, except where its help says that it counts since the start.
+The library is loaded by the first scrape: a process that nobody watches does not pay for it.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import trio
+
+from replicator.control.server import NotFoundError, Page, serve_tcp
+from replicator.domain.failover import State
+from replicator.domain.vm import ProtectedVm
+from replicator.log import EventLog
+from replicator.log.usage import Usage
+
+if TYPE_CHECKING:
+    from prometheus_client.metrics_core import Metric
+
+_logger = logging.getLogger(__name__)
+
+PATH = "/metrics"
+#: Label values and the sample that they name.
+_Samples = Iterable[tuple[tuple[str, ...], float]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Live:
+    """What only the process knows; each is asked at every scrape, and None where this side has no such thing.
+
+    ``throttle_mbps``: the cap, 0 for none. ``reconnects``: by VM, connections made after one that broke. ``expires``: files of
+    certificates, and when they expire, seconds since the epoch.
+    """
+
+    throttle_mbps: Callable[[], int] | None = None
+    reconnects: Callable[[], Mapping[str, int]] | None = None
+    expires: Callable[[], Iterable[tuple[str, float]]] | None = None
+
+
+class Metrics:
+    """Makes the page out of ``log`` and ``live``. ``clock``: seconds since the epoch."""
+
+    def __init__(self, log: EventLog, live: Live, clock: Callable[[], float] = time.time) -> None:
+        self._log = log
+        self._live = live
+        self._clock = clock
+
+    async def page(self) -> Page:
+        """The page as of now. Raises the event store's errors."""
+        usage = await self._log.usage()
+        live = self._live
+        snapshot = _Snapshot(
+            now=self._clock(),
+            vms=_with_labels(self._log.vms),
+            usage=usage,
+            throttle_mbps=None if live.throttle_mbps is None else live.throttle_mbps(),
+            reconnects=None if live.reconnects is None else dict(live.reconnects()),
+            expires={} if live.expires is None else _earliest(live.expires()),
+        )
+        return await trio.to_thread.run_sync(_render, snapshot)
+
+    async def handle(self, method: str, target: str, _body: dict[str, Any]) -> Page:
+        """Answer ``GET /metrics`` and nothing else."""
+        if (method, target.partition("?")[0]) != ("GET", PATH):
+            raise NotFoundError(f"only GET {PATH} is answered here")
+        return await self.page()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Snapshot:
+    """All that one page shows: VMs with their labels, usage by UUID."""
+
+    now: float
+    vms: list[tuple[str, ProtectedVm]]
+    usage: dict[str, Usage]
+    throttle_mbps: int | None
+    reconnects: dict[str, int] | None
+    expires: dict[str, float]
+
+    def collect(self) -> Iterator[Metric]:
+        """See prometheus_client.registry.Collector."""
+        yield from self._state()
+        yield from self._counters()
+        yield from self._process()
+
+    def _state(self) -> Iterator[Metric]:
+        newest = [((label,), vm.newest) for label, vm in self.vms if vm.newest is not None]
+        received = [((label,), vm) for label, vm in self.vms if vm.role == "receiver"]
+        yield _gauge(
+            "replicator_rpo_age_seconds",
+            "Seconds since the newest recovery point was taken at the source.",
+            ("vm",),
+            ((key, max(0.0, self.now - point.taken_at_us / 1e6)) for key, point in newest),
+        )
+        yield _gauge(
+            "replicator_rpo_breached",
+            "1 while the newest recovery point is older than rpo_target, as far as that is watched.",
+            ("vm",),
+            (((label,), vm.breach is not None) for label, vm in self.vms),
+        )
+        yield _gauge(
+            "replicator_dr_cycle_bytes_pushed",
+            "Bytes that travelled for the newest recovery point.",
+            ("vm",),
+            ((key, point.bytes_pushed) for key, point in newest),
+        )
+        yield _gauge(
+            "replicator_recovery_points",
+            "Recovery points held.",
+            ("vm",),
+            ((key, len(vm.points)) for key, vm in received),
+        )
+        yield _gauge(
+            "replicator_last_verification_timestamp_seconds",
+            "When a recovery point was last read in full and found to be right; 0: never.",
+            ("vm",),
+            ((key, vm.verified_at_us / 1e6) for key, vm in received),
+        )
+        yield _gauge(
+            "replicator_failover_state",
+            "1 for the state that the VM is in, 0 for the others.",
+            ("vm", "state"),
+            (
+                ((label, state.value), vm.state is state)
+                for label, vm in self.vms
+                for state in State
+            ),
+        )
+
+    def _counters(self) -> Iterator[Metric]:
+        sums = [(label, self.usage.get(vm.vm, Usage())) for label, vm in self.vms]
+        yield _counter(
+            "replicator_push_bytes",
+            "Bytes that travelled for recovery points.",
+            ("vm",),
+            (((label,), used.bytes_pushed) for label, used in sums),
+        )
+        yield _counter(
+            "replicator_cycles",
+            "Pushes that became a recovery point, by kind.",
+            ("vm", "kind"),
+            (
+                ((label, kind), count)
+                for label, used in sums
+                for kind, count in (("seed", used.seeds), ("cycle", used.cycles))
+            ),
+        )
+        yield _counter(
+            "replicator_pushes_abandoned",
+            "Pushes that were given up.",
+            ("vm",),
+            (((label,), used.abandoned) for label, used in sums),
+        )
+        yield _counter(
+            "replicator_damages",
+            "Damages found in recovery points.",
+            ("vm",),
+            (((label,), used.damages) for label, used in sums),
+        )
+
+    def _process(self) -> Iterator[Metric]:
+        if self.reconnects is not None:
+            yield _counter(
+                "replicator_dr_reconnect",
+                "Connections to the receiver made after one that broke; since the process began.",
+                ("vm",),
+                (((vm,), count) for vm, count in self.reconnects.items()),
+            )
+        if self.throttle_mbps is not None:
+            yield _gauge(
+                "replicator_throttle_mbps",
+                "The cap on what is sent, in Mbit/s; 0: none.",
+                (),
+                [((), self.throttle_mbps)],
+            )
+        if self.expires:
+            yield _gauge(
+                "replicator_certificate_expiry_timestamp_seconds",
+                "When a certificate expires.",
+                ("file",),
+                (((file,), at) for file, at in self.expires.items()),
+            )
+
+
+def _with_labels(vms: list[ProtectedVm]) -> list[tuple[str, ProtectedVm]]:
+    """VMs and what they are called on the page: their name, or where two have the same, with the UUID."""
+    names = Counter(vm.name for vm in vms)
+    return [(vm.name if names[vm.name] == 1 else f"{vm.name} ({vm.vm})", vm) for vm in vms]
+
+
+def _earliest(expires: Iterable[tuple[str, float]]) -> dict[str, float]:
+    """By file; one that is named twice has one sample."""
+    found: dict[str, float] = {}
+    for file, at in expires:
+        found[file] = min(at, found.get(file, at))
+    return found
+
+
+def _gauge(name: str, text: str, labels: tuple[str, ...], samples: _Samples) -> Metric:
+    from prometheus_client.metrics_core import (  # noqa: PLC0415 - see the module's docstring
+        GaugeMetricFamily,
+    )
+
+    family = GaugeMetricFamily(name, text, labels=labels)
+    for values, value in samples:
+        family.add_metric(values, value)
+    return family
+
+
+def _counter(name: str, text: str, labels: tuple[str, ...], samples: _Samples) -> Metric:
+    """``name`` without the ``_total`` that the page adds."""
+    from prometheus_client.metrics_core import (  # noqa: PLC0415 - see the module's docstring
+        CounterMetricFamily,
+    )
+
+    family = CounterMetricFamily(name, text, labels=labels)
+    for values, value in samples:
+        family.add_metric(values, value)
+    return family
+
+
+def _render(snapshot: _Snapshot) -> Page:
+    from prometheus_client import (  # noqa: PLC0415 - see the module's docstring
+        CONTENT_TYPE_PLAIN_0_0_4,
+        CollectorRegistry,
+        generate_latest,
+    )
+
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(snapshot)
+    return Page(CONTENT_TYPE_PLAIN_0_0_4, generate_latest(registry))
+
+
+async def start_metrics(
+    nursery: trio.Nursery, address: tuple[str, int] | None, metrics: Metrics
+) -> int | None:
+    """Show the page on TCP as well, at the host and port of ``metrics_listen``; returns the port. Raises StateError."""
+    if address is None:
+        return None
+    host, port = address
+    bound: int = await nursery.start(serve_tcp, host, port, metrics.handle, "metrics_listen")
+    _logger.info("metrics on %s, port %d", host, bound)
+    return bound
+
+
+__all__ = ["PATH", "Live", "Metrics", "start_metrics"]
