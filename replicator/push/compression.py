@@ -23,6 +23,8 @@ _WAITING: Final = 0.4
 _WORTH: Final = 1.1
 #: A level that carries less than so much of what the one before it did, though it promised more, is given up again.
 _GAIN: Final = 1.03
+#: A line that takes so many bytes a second for each processor is faster than any of them packs: nothing is tried there.
+_FAST: Final = 500e6
 #: One chunk in so many is packed at another level than the present one, to know it.
 _PROBE_EVERY: Final = 48
 #: Windows for which a level that did not keep its promise is left alone.
@@ -92,7 +94,7 @@ class Compression:
             return self._level
         self._chunks += 1
         # Nothing is tried until the line turns out to be slow: then packing may pay.
-        if self._line is None or self._chunks % _PROBE_EVERY:
+        if self._line is None or self._is_fast(self._line) or self._chunks % _PROBE_EVERY:
             return self._level
         self._probe += 1
         return list(self._known)[self._probe % len(self._known)]
@@ -148,7 +150,12 @@ class Compression:
         self._level = level
         self._since_change = self._idle = 0
 
+    def _is_fast(self, line: float) -> bool:
+        return self._level is None and line > _FAST * self._workers
+
     def _best(self, line: float) -> int | None:
+        if self._is_fast(line):
+            return None
         best, promise = self._level, self._promise(self._level, line) * _WORTH
         for level in LADDER:
             if level not in self._locked and self._promise(level, line) > promise:
