@@ -87,6 +87,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     verify_sample_mib: Annotated[int, msgspec.Meta(ge=0, le=4096)] = 64
     dr_restore_points: Annotated[int, msgspec.Meta(ge=1, le=10_000)] = 7
     dr_compression: str = "auto"
+    dr_congestion: Annotated[str, msgspec.Meta(min_length=1, max_length=15)] = "auto"
     dr_digest: Literal["xxh3-128", "blake3-256"] = "xxh3-128"
     max_bandwidth_mbps: Annotated[int, msgspec.Meta(ge=0, le=timetable.RATE_MBPS_MAX)] = 0
     max_bandwidth_schedule: str = ""

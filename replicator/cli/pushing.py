@@ -33,7 +33,7 @@ from replicator.log import EventLog, open_log
 from replicator.memory import give_back
 from replicator.nursery import flat_nursery
 from replicator.push import rpo
-from replicator.push.link import Link
+from replicator.push.link import Link, check_congestion
 from replicator.push.plan import Want
 from replicator.push.pusher import PATIENCE_S, Outcome, Progress, Pusher
 from replicator.push.schedule import Pace, next_start
@@ -60,6 +60,7 @@ class Host:
         self.link = Link(config, self.credentials, self.regulator.throttle)
         self.source: Source = make_source(config)
         check_path(config.control_path)
+        check_congestion(config.dr_congestion)
         if config.work_path.parent != config.state_dir:
             check_directory(config.work_path, "working_dir")
 

@@ -8,13 +8,14 @@ import os
 import socket
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Final, Protocol
 
 import trio
 
 from replicator.config import Config
 from replicator.credentials import Proof, SourceCredentials
-from replicator.errors import AuthenticationError
+from replicator.errors import AuthenticationError, UsageError
 from replicator.nursery import flat_nursery
 from replicator.push.connection import Connection, ConnectionLostError
 from replicator.push.schedule import beat_s
@@ -49,6 +50,7 @@ class Link:
         self._timeout_s = config.dr_timeout
         self._credentials = credentials
         self._throttle = throttle
+        self._congestion = config.dr_congestion
         self._reached = False
 
     @asynccontextmanager
@@ -69,6 +71,18 @@ class Link:
                     yield connection
                 finally:
                     nursery.cancel_scope.cancel()
+
+    def _tune(self, stream: trio.SocketStream) -> None:
+        """What a long push over any distance wants of TCP, as far as this system has it."""
+        stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
+        if self._congestion == "system":
+            return
+        name = "bbr" if self._congestion == "auto" else self._congestion
+        try:
+            stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, name.encode())
+        except OSError as error:
+            # Asked for by name, it was checked at the start; else the system's own will do.
+            _logger.debug("TCP goes on with the system's congestion control: %s: %s", name, error)
 
     async def _open(self) -> trio.abc.Stream:
         """A stream on which this side has proved itself, by the first proof that is accepted."""
@@ -92,7 +106,7 @@ class Link:
                 f"cannot reach the receiver at {where}: {_why(error, limit_s)}"
             ) from error
         if isinstance(transport, trio.SocketStream):
-            transport.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
+            self._tune(transport)
         if self._throttle is not None:
             transport = self._throttle.wrap(transport)
         try:
@@ -108,6 +122,24 @@ class Link:
         self._reached = True
         self._credentials.taken(proof)
         return stream
+
+
+def check_congestion(name: str) -> None:
+    """Raise UsageError unless this process may use the congestion control that ``dr_congestion`` names."""
+    if name in ("auto", "system"):
+        return
+    with socket.socket() as probe:
+        try:
+            probe.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, name.encode())
+        except OSError as error:
+            allowed = Path("/proc/sys/net/ipv4/tcp_allowed_congestion_control")
+            try:
+                names = ", ".join(allowed.read_text("ascii").split())
+            except OSError:
+                names = "not known"
+            raise UsageError(
+                f"dr_congestion: this system does not let us use {name} ({error.strerror}); allowed: {names}"
+            ) from None
 
 
 def _why(error: BaseException, limit_s: int) -> str:
@@ -136,4 +168,4 @@ def _attempts(error: BaseException) -> Iterator[BaseException]:
         yield error
 
 
-__all__ = ["CONNECT_S", "RECONNECT_S", "Link", "Wrapper"]
+__all__ = ["CONNECT_S", "RECONNECT_S", "Link", "Wrapper", "check_congestion"]

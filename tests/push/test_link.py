@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import trio
@@ -11,9 +13,9 @@ import trio.testing
 
 from replicator.config import check
 from replicator.credentials import Proof, SourceCredentials
-from replicator.errors import AuthenticationError
+from replicator.errors import AuthenticationError, UsageError
 from replicator.push.connection import ConnectionLostError
-from replicator.push.link import CONNECT_S, RECONNECT_S, Link
+from replicator.push.link import CONNECT_S, RECONNECT_S, UNSENT_BYTES, Link, check_congestion
 
 CONFIG = check({"dr_host": "dr.example", "dr_auth_token": f"{'ab' * 32},{'cd' * 32}"})
 
@@ -147,3 +149,59 @@ async def test_what_the_body_raises_comes_through_unchanged(
             raise error
     assert caught.value is error
     assert await network.transports[0].receive_some() == b""
+
+
+def option(stream: trio.SocketStream, name: int) -> bytes:
+    found = stream.getsockopt(socket.IPPROTO_TCP, name, 16)
+    assert isinstance(found, bytes)
+    return found
+
+
+async def tuned(monkeypatch: pytest.MonkeyPatch, congestion: str) -> trio.SocketStream:
+    """A real connection as a link has set it."""
+    network = Network(monkeypatch)
+    made: list[trio.SocketStream] = []
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        opened = trio.socket.socket()
+        await opened.connect(("127.0.0.1", port))
+
+        async def connect(*_: object) -> trio.SocketStream:
+            await trio.lowlevel.checkpoint()
+            made.append(trio.SocketStream(opened))
+            return made[0]
+
+        async def stays_open(_: object) -> None:
+            await trio.lowlevel.checkpoint()
+
+        monkeypatch.setattr(trio, "open_tcp_stream", connect)
+        values = {"dr_host": "dr.example", "dr_auth_token": "ab" * 32, "dr_congestion": congestion}
+        network.answers = [trio.BrokenResourceError]
+        monkeypatch.setattr(trio.SocketStream, "aclose", stays_open)
+        with pytest.raises(ConnectionLostError):
+            async with Link(check(values), network.credentials).connect():
+                pass
+    return made[0]
+
+
+@pytest.mark.parametrize("congestion", ["auto", "system", "reno"])
+async def test_tcp_is_told_what_a_long_push_wants(
+    monkeypatch: pytest.MonkeyPatch, congestion: str
+) -> None:
+    settings = Path("/proc/sys/net/ipv4")
+    own = (settings / "tcp_congestion_control").read_text().strip()
+    available = (settings / "tcp_available_congestion_control").read_text().split()
+    stream = await tuned(monkeypatch, congestion)
+    with stream.socket:
+        used = option(stream, socket.TCP_CONGESTION).rstrip(b"\0").decode()
+        unsent = option(stream, socket.TCP_NOTSENT_LOWAT)
+    assert int.from_bytes(unsent[:4], "little") == UNSENT_BYTES
+    auto = "bbr" if "bbr" in available else own
+    assert used == {"auto": auto, "system": own, "reno": "reno"}[congestion]
+
+
+def test_a_congestion_control_that_there_is_not_is_refused_with_those_that_there_are() -> None:
+    for name in ("auto", "system", "reno"):
+        check_congestion(name)
+    with pytest.raises(UsageError, match=r"dr_congestion: .* use nonesuch .*allowed: .*reno"):
+        check_congestion("nonesuch")
