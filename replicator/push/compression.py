@@ -15,6 +15,7 @@ from typing import Final
 
 #: Levels that ``auto`` chooses from, the cheapest first. None: not compressed.
 LADDER: Final[tuple[int | None, ...]] = (None, -5, 1, 3)
+_TRIED_FIRST: Final = (1, -5, 3)
 #: What is watched before a decision, seconds.
 WINDOW_S: Final = 0.25
 #: The line is what the push waits for if it waits for so much of the time.
@@ -43,6 +44,7 @@ class _Known:
     speed: float
     left: float
     measured: bool = False
+    asked: bool = False
 
     def learn(self, speed: float, left: float) -> None:
         weight = _WEIGHT if self.measured else 1.0
@@ -55,7 +57,13 @@ class Compression:
     """The level of the next chunk. ``clock`` gives seconds; ``workers`` is how many processors are there for packing."""
 
     def __init__(
-        self, wanted: int | None, *, auto: bool, workers: int, clock: Callable[[], float]
+        self,
+        wanted: int | None,
+        *,
+        auto: bool,
+        workers: int,
+        clock: Callable[[], float],
+        line: float | None = None,
     ) -> None:
         self._auto = auto
         self._level = None if auto else wanted
@@ -64,18 +72,28 @@ class Compression:
         self._known = {level: _Known(0.0, 1.0) for level in LADDER if level is not None}
         self._chunks = 0
         self._probe = 0
-        self._line: float | None = None
+        self._line = line
         self._begin_window()
         self._before: tuple[int | None, float] | None = None  # level and plain rate before a change
+        self._rate: float | None = None  # plain bytes a second in the last window
         self._since_change = 0
         self._idle = 0  # windows in a row in which nobody waited for the line
         self._locked: dict[int | None, int] = {}
 
     @classmethod
-    def of(cls, setting: str, *, workers: int, clock: Callable[[], float]) -> Compression:
-        """From ``dr_compression``: auto, off, or a level; checked by the configuration."""
+    def of(
+        cls,
+        setting: str,
+        *,
+        workers: int,
+        clock: Callable[[], float],
+        line: float | None = None,
+    ) -> Compression:
+        """From ``dr_compression``: auto, off, or a level; checked by the configuration. ``line``: what it can take at most,
+        where that is known beforehand.
+        """
         if setting in ("auto", "off"):
-            return cls(None, auto=setting == "auto", workers=workers, clock=clock)
+            return cls(None, auto=setting == "auto", workers=workers, clock=clock, line=line)
         return cls(int(setting), auto=False, workers=workers, clock=clock)
 
     @property
@@ -93,17 +111,26 @@ class Compression:
         if not self._auto:
             return self._level
         self._chunks += 1
-        # Nothing is tried until the line turns out to be slow: then packing may pay.
-        if self._line is None or self._is_fast(self._line) or self._chunks % _PROBE_EVERY:
+        # Nothing is tried until the line turns out to be slow: then packing may pay, and each level is tried at once.
+        if self._line is None or self._is_fast(self._line):
+            return self._level
+        for level in _TRIED_FIRST:
+            if not self._known[level].asked:
+                self._known[level].asked = True
+                return level
+        if self._chunks % _PROBE_EVERY:
             return self._level
         self._probe += 1
-        return list(self._known)[self._probe % len(self._known)]
+        return _TRIED_FIRST[self._probe % len(_TRIED_FIRST)]
 
     def packed(self, level: int | None, plain: int, payload: int, seconds: float) -> None:
         """A chunk was packed: ``plain`` bytes to ``payload`` bytes, in ``seconds`` of one processor."""
         self._plain += plain
         if level in self._known and plain and seconds > 0:
+            first = not self._known[level].measured
             self._known[level].learn(plain / seconds, payload / plain)
+            if first and self._line is not None and self._level is None:
+                self._take_best(self._line)  # not a window later: a push may be over by then
 
     def sent(self, count: int, waited: float) -> None:
         """``count`` bytes went out, after waiting ``waited`` seconds for the line or the receiver."""
@@ -120,7 +147,7 @@ class Compression:
         self._waited = 0.0
 
     def _judge(self, elapsed: float) -> None:
-        plain = self._plain / elapsed
+        plain = self._rate = self._plain / elapsed
         self._locked = {level: left - 1 for level, left in self._locked.items() if left > 1}
         self._since_change += 1
         if self._before is not None:
@@ -144,6 +171,12 @@ class Compression:
             best = None  # it is packing that is waited for: how fast is the line by now?
         if best != self._level:
             self._before = (self._level, plain)
+            self._change(best)
+
+    def _take_best(self, line: float) -> None:
+        best = self._best(line)
+        if best != self._level:
+            self._before = None if self._rate is None else (self._level, self._rate)
             self._change(best)
 
     def _change(self, level: int | None) -> None:

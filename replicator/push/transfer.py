@@ -68,10 +68,10 @@ class Transfer:
         # More than there are: a thread that reads waits for the disk, and zstd and digests let go of the interpreter.
         self.cpus = trio.CapacityLimiter(cpus + READERS)
         self._compression = Compression.of(
-            # One has the line to serve.
             self.config.dr_compression,
-            workers=max(1, cpus - 1),
+            workers=max(1, cpus - 1),  # one has the line to serve
             clock=trio.current_time,
+            line=self.config.max_bandwidth_mbps * 1e6 / 8 or None,
         )
 
     async def send(

@@ -91,6 +91,24 @@ def test_where_the_line_is_fast_nothing_is_packed_even_to_try() -> None:
         assert set(world.used) == {None}
 
 
+def test_a_line_that_is_known_to_be_slow_is_packed_for_from_the_start() -> None:
+    """A cycle of some megabytes is over before anything could be learnt."""
+    world = World(0.005 * GB)
+    compression = Compression.of("auto", workers=1, clock=world.clock, line=0.005 * GB)
+    world.push(compression, 4)
+    assert world.used.get(None, 0) == 0
+    noise = World(0.005 * GB, NOISE)
+    compression = Compression.of("auto", workers=1, clock=noise.clock, line=0.005 * GB)
+    noise.push(compression, 10)
+    assert noise.used[None] > 0.8 * sum(noise.used.values())
+
+
+def test_a_line_that_turns_out_to_be_slow_is_packed_for_soon() -> None:
+    world = World(0.005 * GB)
+    world.push(auto(world), 10)
+    assert world.used[None] <= 3
+
+
 def test_data_that_does_not_shrink_is_not_packed_except_to_try() -> None:
     world = World(0.1 * GB, NOISE)
     compression = auto(world)
