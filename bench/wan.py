@@ -21,12 +21,10 @@ from bench.report import Result
 from tests.wan.lab import ROOT, Line, Wan, wan
 from tests.wan.sites import WanSite, wan_site
 
-#: As issue and operators have it: a line that loses a packet in a thousand, and TCP's congestion control that takes loss for load.
+#: A line that loses a packet in a thousand, between systems whose congestion control takes loss for load.
 LINE: Final = Line(mbit=100, delay_ms=20, loss=0.001, congestion="cubic")
 #: The same without loss: what is lost to the protocol alone.
 CLEAN: Final = replace(LINE, loss=0.0)
-#: Of 256 MiB: one connection that takes loss for load needs minutes for that, whatever is on it.
-SHRINK: Final = 2
 USE_LEAST: Final = 0.92
 CUTS: Final = 20
 OUTAGE_S: Final = (0.3, 12.0)
@@ -41,25 +39,29 @@ async def run(folder: Path, shrink: int, pairs: int) -> Result:
     """``pairs`` is not used: each figure is of one long transfer."""
     del pairs
     size = 256 * MIB // shrink
-    disk = folder / "disk.raw"
-    await trio.to_thread.run_sync(_write, disk, size)
+    whole, part = folder / "whole.raw", folder / "part.raw"
+    await trio.to_thread.run_sync(_write, whole, size)
+    await trio.to_thread.run_sync(_write, part, size // 4)
     result = Result(
         "wan",
-        f"replctl seed of {size // MIB} MiB of noise over 100 Mbit/s with 40 ms there and back, 0.1 % of packets lost and TCP's"
-        f" cubic, and without the loss; {CUTS} cuts in one push, at random places and {OUTAGE_S[0]:g} to {OUTAGE_S[1]:g} s"
-        " long, every second one with TCP resets; beside it one plain TCP connection over the same line",
+        f"replctl seed of {size // MIB} MiB of noise over 100 Mbit/s with 40 ms there and back, 0.1 % of packets lost and cubic as"
+        " the systems' congestion control, and without the loss; beside it one plain TCP connection over the same line. With"
+        f" dr_congestion = system, and plain TCP with cubic and loss: {size // 4 // MIB} MiB. Then {CUTS} cuts in one push, at"
+        f" random places, {OUTAGE_S[0]:g} to {OUTAGE_S[1]:g} s long, every second one with TCP resets",
     )
-    for name, line in (("", LINE), (" without loss", CLEAN)):
-        plain = await _plain(line, size)
-        push = await _push(folder, line, disk, size)
-        result.figures[f"plain TCP{name}, Mbit/s"] = plain
-        result.figures[f"push{name}, Mbit/s"] = push
-        result.floors[f"push{name} / line"] = (push / line.mbit, USE_LEAST)
-        result.ratios[f"plain TCP{name} / push"] = (plain / push, None)
-    other = replace(LINE, congestion="bbr")
-    result.figures["plain TCP with bbr, Mbit/s"] = await _plain(other, size)
-    result.figures["push with bbr, Mbit/s"] = await _push(folder, other, disk, size)
-    await _cuts(folder, disk, size, result)
+    figures = result.figures
+    for name, line in (("loss", LINE), ("no loss", CLEAN)):
+        plain = await _plain(replace(line, congestion="bbr"), size)
+        push = await _push(folder, line, whole, size)
+        figures[f"plain TCP (bbr, {name}), Mbit/s"] = plain
+        figures[f"push ({name}), Mbit/s"] = push
+        result.floors[f"push / line ({name})"] = (push / line.mbit, USE_LEAST)
+        result.floors[f"push / plain TCP (bbr, {name})"] = (push / plain, USE_LEAST)
+    figures["plain TCP (cubic, loss), Mbit/s"] = await _plain(LINE, size // 4)
+    push = await _push(folder, LINE, part, size // 4, dr_congestion="system")
+    figures["push (system, loss), Mbit/s"] = push
+    figures["plain TCP (cubic, no loss), Mbit/s"] = await _plain(CLEAN, size)
+    await _cuts(folder, whole, size, result)
     return result
 
 
@@ -96,16 +98,18 @@ async def _plain(line: Line, size: int) -> float:
 
 
 @asynccontextmanager
-async def _site(folder: Path, line: Line, disk: Path) -> AsyncIterator[tuple[Wan, WanSite]]:
+async def _site(
+    folder: Path, line: Line, disk: Path, **options: str
+) -> AsyncIterator[tuple[Wan, WanSite]]:
     own = folder / f"site-{time.monotonic_ns()}"
     own.mkdir()
-    async with wan(line) as lab, wan_site(lab, own, {"disk-0": disk}) as site:
+    async with wan(line) as lab, wan_site(lab, own, {"disk-0": disk}, **options) as site:
         yield lab, site
 
 
-async def _push(folder: Path, line: Line, disk: Path, size: int) -> float:
+async def _push(folder: Path, line: Line, disk: Path, size: int, **options: str) -> float:
     """Mbit/s of what was pushed, over the time that the recovery point says that it took."""
-    async with _site(folder, line, disk) as (_, site):
+    async with _site(folder, line, disk, **options) as (_, site):
         with trio.fail_after(_LIMIT_S):
             pushed = await site.push("seed")
     _check(pushed["bytes_pushed"], size)

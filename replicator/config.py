@@ -33,6 +33,16 @@ Name = Annotated[str, msgspec.Meta(min_length=1, max_length=255)]
 
 _MTLS = ("dr_auth_cert", "dr_auth_key", "dr_ca_cert")
 
+#: Keys that only the other side reads, by the side on which they do nothing. ``dr_allow`` is refused on a source.
+NO_USE_ON_SOURCE = frozenset({"dr_listen", "dr_restore_points", "exclude", "push_apply_remote"})
+NO_USE_ON_RECEIVER = frozenset(
+    {
+        "chunk_size_mib", "dr_compression", "dr_congestion", "dr_digest", "held_snapshot_hours", "held_snapshots_max",
+        "image_disks", "max_bandwidth_mbps", "max_bandwidth_schedule", "on_reference_loss", "push_interval",
+        "qemu_nbd_socket", "qemu_socket", "source", "verify_sample_mib",
+    }
+)  # fmt: skip
+
 
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Every option, with its default. Sizes in the unit that the name ends in; paths absolute."""
@@ -151,6 +161,32 @@ _PATHS = {
 
 def load(path: Path) -> Config:
     """Read and check a configuration file. Raises UsageError with one line; touches nothing."""
+    return load_noting(path)[0]
+
+
+def load_noting(path: Path) -> tuple[Config, list[str]]:
+    """As ``load``, and a line about each key in the file that does nothing on this side."""
+    values = _read(path)
+    try:
+        config = check(values)
+    except UsageError as error:
+        raise UsageError(f"configuration {path}: {error}") from None
+    return config, _idle_keys(values, config)
+
+
+def _idle_keys(values: dict[str, str], config: Config) -> list[str]:
+    here, there, idle = "receiver", "source", NO_USE_ON_RECEIVER
+    if config.is_source:
+        here, there, idle = "source", "receiver", NO_USE_ON_SOURCE
+    return [
+        f"{key} does nothing on a {here}: it belongs in the {there}'s configuration"
+        for key in values
+        if key in idle
+    ]
+
+
+def _read(path: Path) -> dict[str, str]:
+    """The values in a file, not checked yet."""
     try:
         with path.open("rb") as file:
             text = file.read(_FILE_SIZE_MAX + 1)
@@ -168,10 +204,7 @@ def load(path: Path) -> Config:
     holds_secret = bool(values.get("password")) or is_key_text(values.get("dr_auth_token", ""))
     if holds_secret:
         check_private(path, mode)
-    try:
-        return check(values)
-    except UsageError as error:
-        raise UsageError(f"configuration {path}: {error}") from None
+    return values
 
 
 def parse_lines(text: str) -> dict[str, str]:

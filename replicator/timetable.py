@@ -68,6 +68,10 @@ class Timetable:
     def _first(self, minute: int) -> Entry | None:
         return next((entry for entry in self.entries if entry.holds(minute)), None)
 
+    def can_hold(self, entry: Entry) -> bool:
+        """Whether this entry of the table holds at any time of the week: those before it may leave nothing to it."""
+        return any(held is entry for held in self._held)
+
     def entry_at(self, instant: float, offset: Offset) -> Entry | None:
         """The entry that holds at an instant, seconds since the epoch; None where none does."""
         return self._entry(_week_second(instant, offset))
@@ -154,7 +158,8 @@ def parse(text: str) -> Timetable:
     """A timetable out of ``DAYS [HH:MM-HH:MM] RATE`` entries with ``;`` between them. Raises UsageError that names the part.
 
     DAYS is `*` or days and ranges with commas (`mon-wed,sat`, also over the week's end: `fri-mon`), RATE whole Mbit/s, 0 for no
-    cap. Times may go past midnight: `fri 22:00-06:00` is Friday's night, until Saturday morning. 24:00 is a day's end.
+    cap. Times may go past midnight: `fri 22:00-06:00` is Friday's night, until Saturday morning. 24:00 is a day's end. An entry
+    to which those before it leave nothing is refused.
     """
     parts = [part.strip() for part in text.split(";")]
     if parts[-1] == "":
@@ -163,7 +168,14 @@ def parse(text: str) -> Timetable:
         raise UsageError("empty; expected entries such as mon-fri 08:00-18:00 50")
     if len(parts) > _ENTRIES_MAX:
         raise UsageError(f"{len(parts)} entries; at most {_ENTRIES_MAX}")
-    return Timetable(tuple(map(_parse_entry, parts)))
+    table = Timetable(tuple(map(_parse_entry, parts)))
+    for entry in table.entries:
+        if not table.can_hold(entry):
+            raise UsageError(
+                f"{entry.text!r} never holds: the first entry that matches does, and those before it take all of its"
+                " time; put it before them"
+            )
+    return table
 
 
 def _parse_entry(part: str) -> Entry:

@@ -21,7 +21,7 @@ from receiver.store.vm_store import VmStore
 from replicator.control.metrics import PATH, Metrics
 from replicator.control.server import Answer, NotFoundError
 from replicator.domain.sampling import first_day
-from replicator.domain.views import event_info, point_info, vm_status
+from replicator.domain.views import event_info, point_info, push_info, vm_status
 from replicator.errors import UsageError
 from replicator.log import EventLog, Wanted, actions
 from replicator.log.usage import sampling_of
@@ -103,6 +103,7 @@ class ControlApi:
                 rpo_target_s=self._rpo_target_s,
                 rpo_forecast_s=forecast_s(store.vm.points.values(), None, now_us),
                 sampling=sampling_of(recent, store.vm.vm),
+                push=_push(store),
             )
             for store in self._stores.all
         ]
@@ -230,6 +231,14 @@ async def _steps(work: Callable[[Callable[[str], None]], Awaitable[None]]) -> Li
         nursery.start_soon(run)
         async for text in receive:
             yield {"step": text}
+
+
+def _push(store: VmStore) -> dict[str, Any] | None:
+    """PushProgress of the push that is landing."""
+    if (landing := store.landing) is None:
+        return None
+    opened = landing.opened
+    return push_info(opened.point, str(opened.kind), landing.since_us, received=landing.received)
 
 
 def _text(body: dict[str, Any], name: str) -> str:

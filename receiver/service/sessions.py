@@ -68,6 +68,7 @@ class _Push:
     told: list[int]
     unacked: int = 0
     untold: int = 0
+    waits: bool = False  # whether the end of what came last is kept back for more
     dirty: trio.Event = field(default_factory=trio.Event)
     full: trio.Event = field(default_factory=trio.Event)
 
@@ -293,6 +294,12 @@ class _PushSession:
             self._stream.recycle(body)
         elif kind == m.CONTROL:
             await self._control(m.decode_from_source(body))
+            push = self._push
+            if last and push is not None and push.waits:
+                # The end of the data before it waits for more, and none is there.
+                push.waits = False
+                await trio.to_thread.run_sync(push.landing.flush)
+                await self._tell_landed(push)
         else:
             raise WireError(f"message of kind {kind}")
 
@@ -388,12 +395,13 @@ class _PushSession:
         push.unacked += len(data.payload)
         if push.unacked >= ACK_BYTES:
             push.full.set()
+        push.waits = not last
         push.untold += len(data.payload)
         if push.untold >= LANDED_BYTES or last:
-            push.untold = 0
             await self._tell_landed(push)
 
     async def _tell_landed(self, push: _Push) -> None:
+        push.untold = 0
         for index, position in enumerate(push.landing.positions):
             if position > push.told[index]:
                 push.told[index] = position

@@ -8,6 +8,7 @@ journalled; what a crash leaves behind that is cut off before the push goes on.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -174,6 +175,9 @@ class Landing:
     ) -> None:
         self.opened = opened
         self.folder = folder
+        #: When it began, or went on after a break, microseconds since the epoch.
+        self.since_us = time.time_ns() // 1000
+        self.closed = False
         durable.make_dir(folder)
         self.disks: list[DiskLanding] = []
         staging = Staging(DATA_MAX)
@@ -192,6 +196,11 @@ class Landing:
         return tuple(disk.position for disk in self.disks)
 
     @property
+    def received(self) -> int:
+        """Bytes of all streams that have come."""
+        return sum(disk.received for disk in self.disks)
+
+    @property
     def unfinished(self) -> int:
         """Bytes of records that have begun and are not whole: all that is kept in memory of the streams."""
         return sum(disk.received - disk.checked for disk in self.disks)
@@ -200,8 +209,12 @@ class Landing:
         """Take the next piece of a disk's stream; ``last``: no other one is there for now, so that nothing is to wait for it."""
         self.disks[index].feed(offset, payload)
         if last:
-            for disk in self.disks:
-                disk.flush()
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what of any disk waits for more."""
+        for disk in self.disks:
+            disk.flush()
 
     def sync(self) -> list[int]:
         """Make everything verified so far durable; the positions up to which it is."""
@@ -217,6 +230,7 @@ class Landing:
 
     def close(self) -> None:
         """Close all files; they stay."""
+        self.closed = True
         for disk in self.disks:
             disk.close()
 

@@ -8,6 +8,7 @@ step that a crash may cut is repeated or swept by ``recover``.
 from __future__ import annotations
 
 import logging
+import weakref
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -72,6 +73,8 @@ class VmStore:
         self._held: Counter[int] = Counter()
         self._leaving: frozenset[int] = frozenset()  # points whose release is being recorded
         self._wake = trio.Event()
+        # Its session's, which lets go of it and its buffers.
+        self._landing: weakref.ref[Landing] | None = None
         #: Why deltas are not being applied, or None.
         self.trouble: str | None = None
         self.settled = trio.Event()  # set while there is nothing left to apply or let go of
@@ -150,6 +153,12 @@ class VmStore:
         point = self.vm.newest
         return PointRef(point.number, point.root, point.push_id) if point else None
 
+    @property
+    def landing(self) -> Landing | None:
+        """The push that is landing, if one is."""
+        landing = None if self._landing is None else self._landing()
+        return None if landing is None or landing.closed else landing
+
     async def unfinished(self) -> str | None:
         """The push that could be gone on with."""
         entry = await self._log.journal_get(self._journal_key)
@@ -171,6 +180,7 @@ class VmStore:
                 await self._journal(opened, watermarks)
             folder = self.paths.partial(opened.point)
             landing = await trio.to_thread.run_sync(Landing, folder, opened, expected, watermarks)
+            self._landing = weakref.ref(landing)
             if list(landing.positions) != watermarks:
                 # What was cut off is not durable any more: other bytes will come in its place.
                 try:

@@ -8,6 +8,7 @@ import random
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 import click
@@ -20,6 +21,7 @@ from replicator.cli.failures import explain
 from replicator.cli.progress import Report, progress
 from replicator.cli.source import make_source
 from replicator.cli.text import duration, one_line, size
+from replicator.cli.underway import watch
 from replicator.config import Config
 from replicator.control.bandwidth import Regulator
 from replicator.control.metrics import Live, Metrics
@@ -27,7 +29,7 @@ from replicator.control.server import check_path
 from replicator.control.source import serve_source
 from replicator.credentials import SourceCredentials, reload_on_hangup
 from replicator.domain.model import PushKind
-from replicator.domain.views import point_info
+from replicator.domain.views import is_shown, point_info
 from replicator.errors import FencedError, PeerRefusedError, ReplicatorError
 from replicator.log import EventLog, open_log
 from replicator.memory import give_back
@@ -35,7 +37,8 @@ from replicator.nursery import flat_nursery
 from replicator.push import rpo
 from replicator.push.link import Link, check_congestion
 from replicator.push.plan import Want
-from replicator.push.pusher import PATIENCE_S, Outcome, Progress, Pusher
+from replicator.push.progress import Progress
+from replicator.push.pusher import PATIENCE_S, Outcome, Pusher
 from replicator.push.schedule import Pace, next_start
 from replicator.sources.base import Source
 from replicator.state_dir import check_directory, open_state_dir
@@ -85,11 +88,26 @@ class Host:
                 throttle_mbps=lambda: self.regulator.throttle.mbps,
                 reconnects=lambda: pusher.reconnects,
                 expires=self.credentials.expires,
+                pushing=lambda: pushing(pusher),
+                shows=lambda vm: is_shown(vm, self.config.vm),
             )
             metrics = Metrics(log, live)
-            await serve_source(nursery, self.config, self.regulator, metrics)
+            push = partial(push_progress, pusher)
+            await serve_source(nursery, self.config, self.regulator, metrics, push)
             yield pusher, log
             nursery.cancel_scope.cancel()
+
+
+def push_progress(pusher: Pusher) -> tuple[str, dict[str, Any] | None]:
+    """The VM and PushProgress, for the control socket."""
+    under_way = pusher.under_way
+    return pusher.name, None if under_way is None else under_way.info()
+
+
+def pushing(pusher: Pusher) -> dict[str, tuple[float, int]]:
+    """How far the push is that is under way, for metrics."""
+    under_way = pusher.under_way
+    return {} if under_way is None else {pusher.name: (under_way.ratio, under_way.sent)}
 
 
 @click.command()
@@ -181,6 +199,7 @@ async def _run(host: Host) -> None:
             ):
                 if (target_s := rpo.target_s(host.config)) is not None:
                     watches.start_soon(rpo.watch, log, target_s)
+                watches.start_soon(watch, lambda: pusher.under_way)
                 await cycles(pusher.push, host.config.push_interval)
 
 
@@ -209,8 +228,8 @@ async def cycles(push_one: Callable[[Want], Awaitable[Outcome | None]], interval
             # A seed takes what it takes: it is not what push_interval is about.
             if outcome is None or outcome.point.kind is PushKind.CYCLE:
                 ended = trio.current_time()
-                if (line := pace.finished(ended - started, ended)) is not None:
-                    _logger.warning("%s", line)
+                if (told := pace.finished(ended - started, ended)) is not None:
+                    _logger.log(logging.WARNING if told.behind else logging.INFO, "%s", told.text)
         due = next_start(started, trio.current_time(), interval_s, random.random())
         await trio.sleep_until(due)
 

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from replicator.cli.text import duration, one_line, size
+from replicator.cli.underway import sentence as sentence_of
 from replicator.domain.sampling import sentence
 
 #: Columns where nobody watches: a row in a file or a pipe is one line.
@@ -50,15 +51,31 @@ def show_status(vms: Sequence[dict[str, Any]]) -> None:
     _table(
         ["VM", "role", "state", "newest point", "RPO age", "last cycle", "warnings"], rows, styled=2
     )
+    common = _common_warnings(vms)
+    for warning in common:
+        _console().print(Text(f"all VMs: {one_line(warning)}", style="yellow"), soft_wrap=True)
     for vm in vms:
         for warning in vm["warnings"]:
+            if warning in common:
+                continue
             _console().print(
                 Text(f"{one_line(vm['vm'])}: {one_line(warning)}", style="yellow"), soft_wrap=True
+            )
+        if vm["push"] is not None:
+            _console().print(
+                Text(f"{one_line(vm['vm'])}: {sentence_of(vm['push'])}"), soft_wrap=True
             )
         sampled = vm["sampling"]
         said = sampled and sentence(sampled["sampled"], sampled["missed"])
         if said:
             _console().print(Text(f"{one_line(vm['vm'])}: {said}"), soft_wrap=True)
+
+
+def _common_warnings(vms: Sequence[dict[str, Any]]) -> list[str]:
+    """What is said of each of several VMs: of their host, such as its certificate. Said once."""
+    if len(vms) < 2:
+        return []
+    return [each for each in vms[0]["warnings"] if all(each in vm["warnings"] for vm in vms)]
 
 
 def _age(vm: dict[str, Any]) -> str:

@@ -16,13 +16,13 @@ import click
 import trio
 
 from replicator.cli.context import CliContext
-from replicator.cli.control import ControlClient, vm_path
+from replicator.cli.control import SOURCE, ControlClient, vm_path
 from replicator.cli.text import duration
 from replicator.config import Config
 from replicator.domain.sampling import first_day
-from replicator.domain.views import event_info, instant, point_info, vm_status
+from replicator.domain.views import event_info, instant, is_shown, point_info, vm_status
 from replicator.domain.vm import ProtectedVm
-from replicator.errors import UsageError
+from replicator.errors import ReplicatorError, UsageError
 from replicator.log import EventLog, Wanted, open_log
 from replicator.log.usage import sampling_of
 from replicator.push import rpo, trouble
@@ -30,6 +30,8 @@ from replicator.push.trouble import Trouble
 
 _logger = logging.getLogger(__name__)
 
+#: How long the running process may take to say how far its push is, seconds.
+_PUSH_S = 2.0
 HISTORY_LIMIT = 100
 HISTORY_LIMIT_JSON = 1000
 HISTORY_LIMIT_MAX = 10_000
@@ -164,7 +166,8 @@ async def _status(config: Config, at_us: int | None) -> list[dict[str, Any]]:
         if log is None:
             return []
         if at_us is not None:
-            return [vm_status(vm, at_us) for vm in await log.at(at_us)]
+            return [vm_status(vm, at_us) for vm in await log.at(at_us) if is_shown(vm, config.vm)]
+        pushed, push = await _under_way(config)
         common = await log.warnings() + _certificate_warnings(config, now_us / 1_000_000)
         recent = await log.usage(first_day(now_us))
         target_s = rpo.target_s(config)
@@ -178,9 +181,23 @@ async def _status(config: Config, at_us: int | None) -> list[dict[str, Any]]:
                     await rpo.recent_points(log, vm), config.push_interval, now_us
                 ),
                 sampling=sampling_of(recent, vm.vm),
+                push=push if vm.name == pushed else None,
             )
             for vm in log.vms
+            if is_shown(vm, config.vm)
         ]
+
+
+async def _under_way(config: Config) -> tuple[str | None, dict[str, Any] | None]:
+    """The VM that the running process pushes, and how far that is; nothing where none runs, or none that answers."""
+    with trio.move_on_after(_PUSH_S):
+        try:
+            answer = await ControlClient(config.control_path, SOURCE).get("/v1/push")
+        except ReplicatorError as error:
+            _logger.debug("no push to show: %s", error)
+        else:
+            return answer.get("vm"), answer.get("push")
+    return None, None
 
 
 def _certificate_warnings(config: Config, now: float) -> list[str]:
@@ -199,17 +216,24 @@ def source_warnings(
     """
     found = []
     if failed is not None:
-        since = instant(failed.since_us)
-        found.append(
-            f"the last cycle failed, at {since}: {failed.reason}"
-            if failed.failures == 1
-            else f"the last {failed.failures} attempts at a cycle failed, since {since}: {failed.reason}"
-        )
+        found.append(_failed(failed))
     if vm.newest is not None and vm.breach is None and target_s is not None:
         age_s = (now_us - vm.newest.taken_at_us) / 1_000_000
         if age_s > target_s:
             found.append(f"no new recovery point for {duration(age_s)}, rpo_target is {target_s} s")
     return found
+
+
+def _failed(trouble: Trouble) -> str:
+    count, since = trouble.failures, instant(trouble.since_us)
+    last = f"at {instant(trouble.at_us)}: {trouble.reason}"
+    if trouble.back_us is not None:
+        several = f"{count} attempts that failed since {since}, the last"
+        tried = several if count > 1 else "an attempt that failed"
+        return f"the push went on at {instant(trouble.back_us)}, after {tried} {last}"
+    if count > 1:
+        return f"the last {count} attempts at a cycle failed, since {since}, the last {last}"
+    return f"the last attempt at a cycle failed, {last}"
 
 
 async def _points(config: Config, name: str) -> list[dict[str, Any]]:

@@ -17,15 +17,18 @@ from replicator.control.source import RESET
 from replicator.errors import UsageError
 
 
-@click.command()
+# A rate below zero is a bad limit, not an option: it is told what a limit is.
+@click.command(context_settings={"ignore_unknown_options": True})
 @click.argument("limit", required=False)
 @click.pass_obj
 def throttle(context: CliContext, limit: str | None) -> None:
     """Show or change the cap on what is sent.
 
-    LIMIT is a rate in Mbit/s, a timetable such as "mon-fri 8:00-18:00 50; * 0", off (no cap), or reset (the configuration
-    again). It holds at once, for the process that is running, until that ends.
+    LIMIT is a rate in Mbit/s, a timetable such as "mon-fri 8:00-18:00 50; * 0", off or 0 (no cap), or reset (the
+    configuration again). It holds at once, for the process that is running, until that ends.
     """
+    if limit is not None and limit.startswith("--"):
+        raise click.NoSuchOption(limit)
     config = context.config()
     if not config.is_source:
         raise UsageError(

@@ -14,6 +14,7 @@ import trio
 
 from replicator import timetable
 from replicator.config import Config, parse_schedule
+from replicator.errors import UsageError
 from replicator.timetable import Offset, Timetable, host_offset
 from replicator.wire.throttle import Throttle
 
@@ -52,8 +53,10 @@ def parse_limit(text: str, otherwise: int) -> Limit:
     words = " ".join(text.split())
     if words == "off":
         return Limit(words, 0)
-    if words.isdecimal():
+    if words.isdecimal() and words.isascii():
         return Limit(words, timetable.parse_mbps(words))
+    if len(words.split()) <= 1:
+        raise UsageError(f"{words!r}: expected Mbit/s as a whole number, a timetable, off or reset")
     table = timetable.parse(words)
     return Limit(str(table), otherwise, table)
 

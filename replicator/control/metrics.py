@@ -37,12 +37,15 @@ class Live:
     """What only the process knows; each is asked at every scrape, and None where this side has no such thing.
 
     ``throttle_mbps``: the cap, 0 for none. ``reconnects``: by VM, connections made after one that broke. ``expires``: files of
-    certificates, and when they expire, seconds since the epoch.
+    certificates, and when they expire, seconds since the epoch. ``pushing``: by VM, how much of its disks the push that is under
+    way has looked at, from 0 to 1, and the bytes that it has sent. ``shows``: whether a VM of the log is one to speak of.
     """
 
     throttle_mbps: Callable[[], int] | None = None
     reconnects: Callable[[], Mapping[str, int]] | None = None
     expires: Callable[[], Iterable[tuple[str, float]]] | None = None
+    pushing: Callable[[], Mapping[str, tuple[float, int]]] | None = None
+    shows: Callable[[ProtectedVm], bool] = lambda _: True
 
 
 class Metrics:
@@ -59,11 +62,12 @@ class Metrics:
         live = self._live
         snapshot = _Snapshot(
             now=self._clock(),
-            vms=_with_labels(self._log.vms),
+            vms=_with_labels([vm for vm in self._log.vms if live.shows(vm)]),
             usage=usage,
             throttle_mbps=None if live.throttle_mbps is None else live.throttle_mbps(),
             reconnects=None if live.reconnects is None else dict(live.reconnects()),
             expires={} if live.expires is None else _earliest(live.expires()),
+            pushing={} if live.pushing is None else dict(live.pushing()),
         )
         return await trio.to_thread.run_sync(_render, snapshot)
 
@@ -84,6 +88,7 @@ class _Snapshot:
     throttle_mbps: int | None
     reconnects: dict[str, int] | None
     expires: dict[str, float]
+    pushing: dict[str, tuple[float, int]]
 
     def collect(self) -> Iterator[Metric]:
         """See prometheus_client.registry.Collector."""
@@ -173,6 +178,19 @@ class _Snapshot:
                 "Connections to the receiver made after one that broke; since the process began.",
                 ("vm",),
                 (((vm,), count) for vm, count in self.reconnects.items()),
+            )
+        if self.pushing:
+            yield _gauge(
+                "replicator_push_progress_ratio",
+                "How much of the disks the push that is under way has looked at, from 0 to 1.",
+                ("vm",),
+                (((vm,), ratio) for vm, (ratio, _) in self.pushing.items()),
+            )
+            yield _gauge(
+                "replicator_push_sent_bytes",
+                "Bytes that the push that is under way has sent.",
+                ("vm",),
+                (((vm,), sent) for vm, (_, sent) in self.pushing.items()),
             )
         if self.throttle_mbps is not None:
             yield _gauge(

@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""The control API of a process that pushes (docs/json.md): the throttle, shown and set, and the metrics page."""
+"""The control API of a process that pushes (docs/json.md): the throttle, shown and set, how far the push is, and the
+metrics page.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -19,12 +22,21 @@ from replicator.errors import UsageError
 RESET = "reset"
 
 
+#: The name of the VM that is pushed, empty while that is not known, and PushProgress while a push is under way.
+Push = Callable[[], tuple[str, dict[str, Any] | None]]
+
+
+def _nothing() -> tuple[str, None]:
+    return "", None
+
+
 class SourceApi:
     """Answers control requests. Every method may raise an error of the tree, which the client gets in one line."""
 
-    def __init__(self, regulator: Regulator, metrics: Metrics) -> None:
+    def __init__(self, regulator: Regulator, metrics: Metrics, push: Push = _nothing) -> None:
         self._regulator = regulator
         self._metrics = metrics
+        self._push = push
 
     async def handle(self, method: str, target: str, body: dict[str, Any]) -> Answer:
         """One request; see docs/json.md for the routes."""
@@ -35,6 +47,9 @@ class SourceApi:
         match (method, path):
             case ("GET", "/v1/throttle"):
                 return throttle_status(self._regulator)
+            case ("GET", "/v1/push"):
+                vm, push = self._push()
+                return {"vm": vm, "push": push}
             case ("POST", "/v1/throttle"):
                 return self._set(body.get("limit"))
             case ("GET", _) if path == PATH:
@@ -54,13 +69,17 @@ class SourceApi:
 
 
 async def serve_source(
-    nursery: trio.Nursery, config: Config, regulator: Regulator, metrics: Metrics
+    nursery: trio.Nursery,
+    config: Config,
+    regulator: Regulator,
+    metrics: Metrics,
+    push: Push = _nothing,
 ) -> None:
     """Answer on the control socket, follow the timetable and show metrics, in tasks of ``nursery``.
 
     Raises UsageError, StateError and RefusedError where one of the sockets cannot be had.
     """
-    api = SourceApi(regulator, metrics)
+    api = SourceApi(regulator, metrics, push)
     await nursery.start(serve_http, config.control_path, api.handle)
     await start_metrics(nursery, config.metrics_address, metrics)
     nursery.start_soon(regulator.run)
@@ -81,4 +100,4 @@ def throttle_status(regulator: Regulator) -> dict[str, Any]:
     }
 
 
-__all__ = ["RESET", "SourceApi", "serve_source", "throttle_status"]
+__all__ = ["RESET", "Push", "SourceApi", "serve_source", "throttle_status"]

@@ -6,6 +6,7 @@ They are looked at again whenever a connection is made or accepted: keys and cer
 
 from __future__ import annotations
 
+from replicator.credentials.certificates import check_own
 from replicator.credentials.receiver import ReceiverCredentials
 from replicator.credentials.source import Proof, SourceCredentials
 from replicator.credentials.watch import Credentials, expiry_warnings, reload_on_hangup
@@ -15,6 +16,7 @@ __all__ = [
     "Proof",
     "ReceiverCredentials",
     "SourceCredentials",
+    "check_own",
     "expiry_warnings",
     "reload_on_hangup",
 ]

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import ssl
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -20,28 +22,39 @@ if TYPE_CHECKING:
 
 WARN_S: Final = 30 * 86400
 """A certificate that ends within so many seconds is warned of."""
+_SHOWN_MAX: Final = 4
 _FILE_BYTES_MAX: Final = 1 << 20
 _DAY_S: Final = 86400
 
 
 @dataclass(frozen=True, slots=True)
 class Validity:
-    """A file of certificates; the tightest bounds of all that it holds, Unix seconds. ``what``: certificate or authority."""
+    """A file of certificates; the tightest bounds of all that it holds, Unix seconds. ``what``: certificate or authority.
+
+    ``fingerprint``: how SHA-256 of each begins, for people.
+    """
 
     what: str
     path: Path
     not_before: float
     not_after: float
+    fingerprint: str
 
     def __str__(self) -> str:
-        return f"{self.what} {self.path} until {_date(self.not_after)}"
+        return f"{self.what} {self.path} (SHA-256 {self.fingerprint}) until {_date(self.not_after)}"
 
     def fault(self, now: float) -> str | None:
         """Why it does not hold at ``now``, for people; None if it does."""
         if now > self.not_after:
-            return f"{self.what} {self.path} expired {_days(now - self.not_after)} ago ({_date(self.not_after)})"
+            return (
+                f"{self.what} {self.path} expired {_days(now - self.not_after)} ago"
+                f" ({_date(self.not_after)}): renew it"
+            )
         if now < self.not_before:
-            return f"{self.what} {self.path} is not valid before {_date(self.not_before)}: is the clock right?"
+            return (
+                f"{self.what} {self.path} is not valid before {_date(self.not_before)}:"
+                " set this host's clock, or renew it"
+            )
         return None
 
     def warning(self, now: float) -> str | None:
@@ -67,7 +80,7 @@ class Certificates:
         """Raise AuthenticationError if the other side cannot take this side's certificate at ``now``."""
         fault = self.own.fault(now)
         if fault is not None:
-            raise AuthenticationError(f"TLS verification failed: dr_auth_cert: {fault}")
+            raise AuthenticationError(f"dr_auth_cert: {fault}")
 
 
 def certificate_paths(config: Config) -> list[Path]:
@@ -103,6 +116,15 @@ def load_certificates(config: Config) -> Certificates | None:
         _validity("certificate", config.dr_auth_cert, own),
         _validity("authority", config.dr_ca_cert, authorities),
     )
+
+
+def check_own(config: Config) -> None:
+    """Raise UsageError unless the certificate that ``dr_auth_cert`` names, which must be set, holds now. Blocks."""
+    assert config.dr_auth_cert is not None
+    own = _certificates("dr_auth_cert", config.dr_auth_cert)
+    fault = _validity("certificate", config.dr_auth_cert, own).fault(time.time())
+    if fault is not None:
+        raise UsageError(f"dr_auth_cert: {fault}")
 
 
 def load_validities(config: Config) -> list[Validity]:
@@ -169,7 +191,19 @@ def _validity(what: str, path: Path, certificates: Iterable[x509.Certificate]) -
         path,
         max(each.not_valid_before_utc.timestamp() for each in held),
         min(each.not_valid_after_utc.timestamp() for each in held),
+        _fingerprint(held),
     )
+
+
+def _fingerprint(certificates: list[x509.Certificate]) -> str:
+    from cryptography.hazmat.primitives.serialization import Encoding  # noqa: PLC0415 - as above
+
+    shown = [
+        hashlib.sha256(each.public_bytes(Encoding.DER)).hexdigest()[:8]
+        for each in certificates[:_SHOWN_MAX]
+    ]
+    more = len(certificates) - len(shown)
+    return " ".join(shown) + (f" and {more} more" if more else "")
 
 
 def _date(time_s: float) -> str:
@@ -188,6 +222,7 @@ __all__ = [
     "Certificates",
     "Validity",
     "certificate_paths",
+    "check_own",
     "load_certificates",
     "load_validities",
 ]

@@ -4,15 +4,16 @@
 from __future__ import annotations
 
 import socket
-from typing import Final
+import time
+from typing import ClassVar, Final
 
 import trio
 
 from replicator.config import Config
-from replicator.credentials.certificates import load_certificates
+from replicator.credentials.certificates import Certificates, load_certificates
 from replicator.credentials.keys import load_keyring
 from replicator.credentials.watch import Credentials, Loaded
-from replicator.errors import WireError
+from replicator.errors import AuthenticationError, WireError
 from replicator.wire.handshake import (
     MESSAGE_BYTES_MAX,
     SUITE_READABLE,
@@ -29,7 +30,12 @@ _SUITES: Final = {"aes-256-gcm": (SUITE_SEALED,), "none": (SUITE_SEALED, SUITE_R
 
 
 class ReceiverCredentials(Credentials):
-    """What a receiver accepts. Made from the configuration; raises UsageError."""
+    """What a receiver accepts. Made from the configuration; raises UsageError.
+
+    With a certificate that does not hold it goes on: a renewed one is taken when it is there, and keys are taken all the time.
+    """
+
+    _CONSEQUENCE: ClassVar[str] = "; until then no source can connect with a certificate"
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
@@ -72,13 +78,17 @@ class ReceiverCredentials(Credentials):
         rest_s = max(0.0, deadline - trio.current_time())
         certificates = self.loaded.certificates
         if is_tls and certificates is not None:
-            secured = await secure_stream(
-                transport,
-                certificates.context,
-                server_name=None,
-                deadline_s=rest_s,
-                idle_timeout_s=idle_timeout_s,
-            )
+            try:
+                secured = await secure_stream(
+                    transport,
+                    certificates.context,
+                    server_name=None,
+                    deadline_s=rest_s,
+                    idle_timeout_s=idle_timeout_s,
+                )
+            except AuthenticationError as error:
+                _blame_own(certificates, error)
+                raise
             return secured, CertificatePeer(secured.peer_names, self._allowed)
         stream = await accept_stream(
             transport,
@@ -112,3 +122,11 @@ class ReceiverCredentials(Credentials):
             await transport.receive_some(MESSAGE_BYTES_MAX)
             await transport.send_all(alert_message(alert))
         raise WireError(text)
+
+
+def _blame_own(certificates: Certificates, error: AuthenticationError) -> None:
+    """Raise the error anew with what is known here: a source that refuses this side's certificate cannot say much about it."""
+    try:
+        certificates.check_own(time.time())
+    except AuthenticationError as own:
+        raise AuthenticationError(f"{error}: {own}") from error

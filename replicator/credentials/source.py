@@ -95,11 +95,6 @@ class CertificateProof:
         idle_timeout_s: float = IDLE_TIMEOUT_S,
     ) -> trio.abc.Stream:
         """See ``secure_stream``."""
-        try:
-            self.certificates.check_own(time.time())
-        except BaseException:
-            await trio.aclose_forcefully(transport)
-            raise
         return await secure_stream(
             transport,
             self.certificates.context,
@@ -122,10 +117,14 @@ class SourceCredentials(Credentials):
         return Loaded(keys, certificates)
 
     async def proofs(self) -> Sequence[Proof]:
-        """The ways to prove itself, at least one, the one to try first first; out of files read again if they changed."""
+        """The ways to prove itself, at least one, the one to try first first; out of files read again if they changed.
+
+        Raises AuthenticationError where the certificate does not hold now: nobody would take it.
+        """
         await self.refresh()
         loaded = self.loaded
         if loaded.certificates is not None:
+            loaded.certificates.check_own(time.time())
             return [CertificateProof(loaded.certificates, self._config.dr_host)]
         keys = sorted(loaded.keys.values(), key=lambda key: key.hint != self._taken)
         return [KeyProof(key, _SUITES[self._config.dr_cipher]) for key in keys]

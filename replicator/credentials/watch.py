@@ -7,9 +7,9 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import trio
 
@@ -38,7 +38,8 @@ class Loaded:
     certificates: Certificates | None
 
     def __str__(self) -> str:
-        found = [f"key {key.name}" for key in self.keys.values()]
+        # The beginning of what a key's holder names it by on the wire, in the open: no secret.
+        found = [f"key {key.name} (fingerprint {key.hint[:4].hex()})" for key in self.keys.values()]
         if self.certificates is not None:
             found += [str(self.certificates.own), str(self.certificates.authority)]
         return ", ".join(found)
@@ -50,6 +51,9 @@ class Credentials:
     ``trouble`` says why the files as they are now cannot be used; None if they can. Only files are read again: keys that
     stand in the configuration itself hold as long as the process lives.
     """
+
+    #: What is said behind the warning of a certificate of this side that does not hold.
+    _CONSEQUENCE: ClassVar[str] = ""
 
     def __init__(self, config: Config) -> None:
         self._config = config
@@ -92,10 +96,19 @@ class Credentials:
         self.tell()
 
     def tell(self) -> None:
-        """Log what an operator should look at."""
+        """Log what an operator should look at: as an error where a certificate does not hold."""
+        now = time.time()
         for each in self._validities():
-            if (line := each.warning(time.time())) is not None:
-                _logger.warning("%s", line)
+            if (line := self._warning(each, now)) is not None:
+                level = logging.WARNING if each.fault(now) is None else logging.ERROR
+                _logger.log(level, "%s", line)
+
+    def _warning(self, validity: Validity, now: float) -> str | None:
+        line = validity.warning(now)
+        held = self._loaded.certificates
+        if line is None or held is None or validity is not held.own or not validity.fault(now):
+            return line
+        return line + self._CONSEQUENCE
 
     async def _take(self, seen: _Look) -> None:
         self._seen = seen
@@ -121,7 +134,8 @@ class Credentials:
     def warnings(self, now: float) -> list[str]:
         """What an operator should look at, one line each: files that cannot be read again, certificates near their end."""
         found = [f"credentials were not read again: {self.trouble}"] if self.trouble else []
-        return found + _warnings(self._validities(), now)
+        lines = (self._warning(each, now) for each in self._validities())
+        return found + [line for line in lines if line is not None]
 
     def _validities(self) -> list[Validity]:
         held = self._loaded.certificates
@@ -131,7 +145,8 @@ class Credentials:
 def expiry_warnings(config: Config, now: float) -> list[str]:
     """What ``status`` says of the certificates where no process with them can be asked; needs no key. Blocks."""
     try:
-        return _warnings(load_validities(config), now)
+        lines = (each.warning(now) for each in load_validities(config))
+        return [line for line in lines if line is not None]
     except UsageError as error:
         return [str(error)]
 
@@ -144,10 +159,6 @@ async def reload_on_hangup(
         task_status.started()
         async for _ in signals:
             await credentials.reload()
-
-
-def _warnings(validities: Sequence[Validity], now: float) -> list[str]:
-    return [line for each in validities if (line := each.warning(now)) is not None]
 
 
 def _stamp(path: Path) -> tuple[int, ...] | None:

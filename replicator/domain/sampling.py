@@ -39,12 +39,13 @@ def sentence(clean: int, missed: int) -> str | None:
     """
     bound = missed_percent_max(clean)
     if missed:
-        return f"change tracking missed changes {missed} times in the last {WINDOW_DAYS} days ({clean} samples were right)"
+        times = {1: "once", 2: "twice"}.get(missed, f"{missed} times")
+        return f"change tracking missed changes {times} in the last {WINDOW_DAYS} days ({clean} samples were right)"
     if bound is None:
         return None
     return (
-        f"{CONFIDENCE * 100:.0f} % sure that under {_percent(bound)} % were missed in the last {WINDOW_DAYS} days"
-        f" ({clean} samples of what change tracking called unchanged, all right)"
+        f"{CONFIDENCE * 100:.0f} % sure that change tracking missed under {_percent(bound)} % of what it called unchanged"
+        f" in the last {WINDOW_DAYS} days ({clean} samples, all right)"
     )
 
 

@@ -59,6 +59,39 @@ def point_info(vm: ProtectedVm, point: Point, held: bool = False) -> dict[str, A
     }
 
 
+def push_info(
+    point: int,
+    kind: str,
+    since_us: int,
+    *,
+    done: int | None = None,
+    total: int | None = None,
+    sent: int | None = None,
+    received: int | None = None,
+    eta_s: float | None = None,
+) -> dict[str, Any]:
+    """PushProgress: a push that is under way; a source gives ``done``, ``total`` and ``sent``, a receiver ``received``. Bytes."""
+    return {
+        "point": point,
+        "kind": kind,
+        "since": instant(since_us),
+        "done": done,
+        "total": total,
+        "sent": sent,
+        "received": received,
+        "eta_s": eta_s,
+    }
+
+
+def is_shown(vm: ProtectedVm, configured: str) -> bool:
+    """Whether a source speaks of a VM: one that never came to a point, and is not the one that ``vm`` names, was a mistake.
+
+    ``configured``: the value of ``vm``; ``*`` names any.
+    """
+    name = configured.strip()
+    return vm.newest is not None or name in ("*", vm.name, vm.vm)
+
+
 def vm_status(
     vm: ProtectedVm,
     now_us: int,
@@ -67,11 +100,12 @@ def vm_status(
     rpo_target_s: int | None = None,
     rpo_forecast_s: float | None = None,
     sampling: dict[str, Any] | None = None,
+    push: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """VmStatus at ``now_us``, microseconds since the epoch. ``extra_warnings`` follow those of the VM itself.
 
     ``rpo_target_s``: how old the newest point may become, if that is watched; ``rpo_forecast_s``: how old it will.
-    ``sampling``: SamplingInfo, where it is known.
+    ``sampling``: SamplingInfo, where it is known; ``push``: PushProgress of the push that is under way.
     """
     newest = vm.newest
     return {
@@ -86,6 +120,7 @@ def vm_status(
         "rpo_forecast_s": rpo_forecast_s,
         "last_cycle": _last_cycle(newest),
         "sampling": sampling,
+        "push": push,
         "warnings": [*warnings(vm), *extra_warnings],
     }
 
@@ -222,4 +257,13 @@ def _plain(value: Any) -> Any:
     return value
 
 
-__all__ = ["event_info", "instant", "point_info", "sampling_info", "vm_status", "warnings"]
+__all__ = [
+    "event_info",
+    "instant",
+    "is_shown",
+    "point_info",
+    "push_info",
+    "sampling_info",
+    "vm_status",
+    "warnings",
+]

@@ -19,6 +19,8 @@ _logger = logging.getLogger(__name__)
 
 #: How long a receiver that lives may take for one step: the commit of a large push on a slow disk takes minutes, not more.
 STUCK_S = 1800
+#: ... and for landing a megabyte.
+STUCK_LANDING_S = 300
 #: How long a refusal may still be on its way when the line breaks.
 _LAST_WORDS_S = 1
 #: Bytes on the way that have not landed at the receiver: then sending waits. It is all that a broken line can cost.
@@ -50,7 +52,7 @@ class Connection:
         self._end: Exception | None = None
         #: When the receiver was last heard of, by trio's clock.
         self.heard_at = trio.current_time()
-        #: Whether something came to be durable on the receiver in this session.
+        #: Whether something came to be durable on the receiver in this session, or since the one before.
         self.progressed = False
 
     async def ask(self, message: m.Message, want: type[A], other: type[B] | None = None) -> A | B:
@@ -82,7 +84,7 @@ class Connection:
     async def reply(self, want: type[A], other: type[B] | None = None) -> A | B:
         """The next answer, of one of these types. Raises PeerRefusedError, ConnectionLostError, WireError."""
         try:
-            with self._no_longer("has answered nothing"):
+            with self._no_longer("has answered nothing", STUCK_S):
                 answer = await self._replies.receive()
         except trio.EndOfChannel:
             raise self._lost() from self._end
@@ -93,12 +95,12 @@ class Connection:
         raise WireError(f"the receiver answered {type(answer).__name__}")
 
     @contextmanager
-    def _no_longer(self, what: str) -> Iterator[None]:
+    def _no_longer(self, what: str, limit_s: float) -> Iterator[None]:
         """Bounds a wait for a receiver that shows signs of life and does nothing else."""
-        with trio.move_on_after(STUCK_S) as scope:
+        with trio.move_on_after(limit_s) as scope:
             yield
         if scope.cancelled_caught:
-            raise ConnectionLostError(f"the receiver {what} for {STUCK_S} s, although it lives")
+            raise ConnectionLostError(f"the receiver {what} for {limit_s:g} s, although it lives")
 
     def begin(self, positions: tuple[int, ...], chunk: int = 1 << 20) -> None:
         """The push's streams go on from here; their records hold at most ``chunk`` plain bytes."""
@@ -120,7 +122,7 @@ class Connection:
         length = sum(len(piece) for piece in pieces)
         self._check_refused()
         while self._is_full(length):
-            with self._no_longer("has landed nothing"):
+            with self._no_longer("has landed nothing", STUCK_LANDING_S):
                 await self._room.park()
             self._check_refused()
         # Checked after the wait: a refusal may have changed the phase meanwhile.

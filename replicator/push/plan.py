@@ -51,6 +51,10 @@ class Local:
     unfinished: Unfinished | None
     #: The greatest number that a point of this VM ever had here; it is not used again.
     last: int = 0
+    #: The number of the newest point that this side saw committed; None: ``last``.
+    committed: int | None = None
+    #: The push that was given up last: the receiver may have committed it all the same.
+    given_up: str | None = None
     #: Whether there ever was one here.
     seeded: bool = False
     suspect: str | None = None
@@ -154,7 +158,8 @@ def _without_points(local: Local, remote: VmState, want: Want, on_loss: OnLoss) 
 
 def _lost(local: Local, remote: VmState, at: PointRef, on_loss: OnLoss) -> Action:
     """What nobody asked for, but the policy; unless the receiver is ahead: then this may not be the VM's source."""
-    if at.number > local.last:
+    committed = local.last if local.committed is None else local.committed
+    if at.number > committed and at.push_id != local.given_up:
         return Refuse(
             f"the receiver has point {at.number}, which this side never pushed: another host pushes this"
             " VM, or this side lost its state; if this is the source, run replctl resync (it sends what differs) or"

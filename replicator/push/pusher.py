@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass
+from typing import Any
 from uuid import UUID
 
 import msgspec
@@ -44,9 +45,10 @@ from replicator.push.link import Link
 from replicator.push.naming import name_disks, tell_gone_disks
 from replicator.push.patience import Patience
 from replicator.push.plan import GiveUp, Local, OnLoss, Refuse, Resume, Start, Want, plan
+from replicator.push.progress import Progress, UnderWay
 from replicator.push.resync import Comparer, describe
 from replicator.push.sampling import ChangesMissedError
-from replicator.push.transfer import Progress, Tally, Transfer
+from replicator.push.transfer import Tally, Transfer
 from replicator.sources.base import Snapshot, Source
 from replicator.wire import messages as m
 
@@ -56,6 +58,8 @@ _logger = logging.getLogger(__name__)
 PATIENCE_S = 120
 #: Plans in a row before it is clear that they lead nowhere.
 _PLANS_MAX = 8
+#: What status tells of where it fails.
+_NOTED = (Want.PUSH, Want.RUN)
 #: After these refusals the push can never be committed: it is given up.
 _HOPELESS = {"wrong-parent", "root-mismatch", "damaged-stream", "bad-request", "shrink", "state"}
 
@@ -107,6 +111,8 @@ class Pusher:
         self._source = source
         self._link = link
         self._report = report
+        #: How far the push is that is under way, if one is.
+        self.under_way: UnderWay | None = None
         #: When this pusher tries again, and how often it did.
         self.patience = Patience(link, patience_s)
         self._limits = held.HeldLimits(config, source)
@@ -124,7 +130,7 @@ class Pusher:
         self._vm_id = vm
         self._files = PushFiles(self._config, vm)
         self._ending = Ending(self._log, self._source, self._files, vm, self._name)
-        self.transfer = Transfer(self._config, str(vm), self._name, self._files, self._report)
+        self.transfer = Transfer(self._config, str(vm), self._name, self._files, self._progressed)
 
     @property
     def _vm(self) -> ProtectedVm:
@@ -146,6 +152,8 @@ class Pusher:
         except (ReplicatorError, OSError) as error:
             await self._note_failure(want, error)
             raise
+        finally:
+            self.under_way = None
         self._interrupted = self._incomparable = self._untracked = None
         await trouble.clear(self._log, self._vm.vm)
         return outcome
@@ -155,21 +163,36 @@ class Pusher:
         """How often a broken line was made again, by VM, since this process began."""
         return {self._name: self.patience.reconnects} if self._name else {}
 
+    @property
+    def name(self) -> str:
+        """The VM's name; empty until the source has said it."""
+        return self._name
+
+    def _begin_progress(self, entry: PushEntry, sizes: Iterable[int]) -> None:
+        kind = "resync" if entry.resync is not None else str(entry.kind)
+        self.under_way = UnderWay(entry.point, kind, entry.started_us, sum(sizes))
+
+    def _progressed(self, at: Progress) -> None:
+        if self.under_way is not None:
+            self.under_way.update(at, trio.current_time())
+        self._report(at)
+
     async def _note_failure(self, want: Want, error: BaseException, attempts: int = 1) -> None:
         """For status. That it cannot be written down is logged: the push's own error matters more."""
-        if want not in (Want.PUSH, Want.RUN):
+        if want not in _NOTED:
             return
         # A source that cannot be asked does not say which VM it is: it is the one that was pushed from here.
         vms = [self._vm.vm] if self._vm_id.int else [vm.vm for vm in self._log.vms]
-        try:
-            for vm in vms:
-                await trouble.note(self._log, vm, error, time.time_ns() // 1000, attempts)
-        except (OSError, PersistenceError) as failure:
-            _logger.error("what failed cannot be written down for status: %s", failure)
+        for vm in vms:
+            await _noting(trouble.note(self._log, vm, error, time.time_ns() // 1000, attempts))
 
     async def _push_patiently(self, want: Want) -> Outcome:
         async def note(error: BaseException, attempts: int) -> None:
             await self._note_failure(want, error, attempts)
+
+        async def back() -> None:
+            if want in _NOTED:
+                await _noting(trouble.went_on(self._log, self._vm.vm, time.time_ns() // 1000))
 
         while True:
             await self._prepare()
@@ -178,7 +201,7 @@ class Pusher:
             async with flat_nursery() as nursery:
                 nursery.start_soon(self._watch_ages, nursery.cancel_scope)
                 outcome = await self.patience.keep_connected(
-                    lambda connection: self._session(connection, want), note
+                    lambda connection: self._session(connection, want), note, back
                 )
                 nursery.cancel_scope.cancel()
             if outcome is not None:
@@ -285,13 +308,16 @@ class Pusher:
             else:
                 _logger.error("%s: the map of %s is lost or damaged", self._name, misfit)
         unfinished = entry.unfinished() if entry is not None else None
-        last = max(newest.number if newest is not None else 0, self._vm.abandoned_point)
+        committed = newest.number if newest is not None else 0
+        last = max(committed, self._vm.abandoned_point)
         missed = self._vm.suspect
         return Local(
             reference,
             self._vm.epoch,
             unfinished,
             last,
+            committed=committed,
+            given_up=self._vm.abandoned_push,
             seeded=newest is not None,
             suspect=str(ChangesMissedError(missed)) if missed is not None else self._untracked,
             again=self._interrupted,
@@ -354,7 +380,9 @@ class Pusher:
         """Take the receiver's newest point for ours; the root that each disk was read to have, by identity."""
 
         def report(disk: str, done: int, total: int) -> None:
-            self._report(Progress(f"{disk} (compared)", done, total, 0))
+            self._progressed(Progress(f"{disk} (compared)", done, total, 0))
+
+        self._begin_progress(entry, (disk.view.size for disk in snapshot.disks))
 
         comparer = Comparer(
             connection,
@@ -439,6 +467,7 @@ class Pusher:
                 _logger.info(
                     "%s: %d of %d bytes differ", self._name, compared.differing, compared.compared
                 )
+            self._begin_progress(entry, (disk.size for disk in entry.disks or ()))
             answer, sampled = await self.transfer.send(connection, entry, snapshot)
         except PeerRefusedError as error:
             if error.code in _HOPELESS:
@@ -465,6 +494,14 @@ class Pusher:
         await compare_heads(connection, self._log, self._vm_id, self._name)
         tally = self.transfer.tally
         return Outcome(point, resumed, reason, tally.resumed, tally.resent, compared)
+
+
+async def _noting(written: Coroutine[Any, Any, None]) -> None:
+    """For status. That it cannot be written down is logged: the push matters more."""
+    try:
+        await written
+    except (OSError, PersistenceError) as failure:
+        _logger.error("what failed cannot be written down for status: %s", failure)
 
 
 async def _close(snapshot: Snapshot) -> None:

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 BACKOFF_MIN_S = 0.2
 BACKOFF_MAX_S = 2.0
 BEAT_MAX_S = 2.0
@@ -43,6 +45,14 @@ def beat_s(timeout_s: float) -> float:
     return min(BEAT_MAX_S, timeout_s / 4)
 
 
+@dataclass(frozen=True, slots=True)
+class Told:
+    """What to tell of the pace of cycles; ``behind``: they fall behind, else they keep up again."""
+
+    text: str
+    behind: bool
+
+
 class Pace:
     """Whether cycles keep up with their interval: says when they fall behind, now and then while it lasts, and when it is over."""
 
@@ -51,16 +61,20 @@ class Pace:
         self._told_at = -BEHIND_S
         self._told = False  # that they fall behind, and not yet that it is over
 
-    def finished(self, took_s: float, now: float) -> str | None:
+    def finished(self, took_s: float, now: float) -> Told | None:
         """What to tell of a cycle that ended at ``now`` after ``took_s`` seconds; None if there is nothing to say."""
-        took = f"the last took {took_s:.0f} s, push_interval is {self._interval_s:g} s"
+        took = f"the last took {_seconds(took_s)} s, push_interval is {self._interval_s:g} s"
         if took_s <= self._interval_s:
             over, self._told = self._told, False
-            return f"cycles keep up again: {took}" if over else None
+            return Told(f"cycles keep up again: {took}", behind=False) if over else None
         if now - self._told_at < BEHIND_S:
             return None
         self._told_at, self._told = now, True
-        return f"cycles fall behind: {took}; the next starts at once"
+        return Told(f"cycles fall behind: {took}; the next starts at once", behind=True)
+
+
+def _seconds(count: float) -> str:
+    return f"{count:.0f}" if count >= 10 else f"{count:.1f}"
 
 
 __all__ = [
@@ -68,6 +82,7 @@ __all__ = [
     "BACKOFF_MIN_S",
     "BEAT_MAX_S",
     "Pace",
+    "Told",
     "backoff_s",
     "beat_s",
     "next_start",

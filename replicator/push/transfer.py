@@ -20,6 +20,7 @@ from replicator.push.compression import Compression
 from replicator.push.connection import Connection
 from replicator.push.files import PushFiles
 from replicator.push.journal import PushEntry
+from replicator.push.progress import Progress
 from replicator.push.sampling import Tracked, sampling
 from replicator.push.sender import DiskJob, Sender
 from replicator.sources.base import Snapshot
@@ -31,16 +32,6 @@ _logger = logging.getLogger(__name__)
 READERS = 2
 #: Times that the two sides look for a place where both can go on.
 _OPENS_MAX = 3
-
-
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """How far a push is: ``done`` of ``total`` bytes of a disk looked at, ``sent`` bytes on the line in all."""
-
-    disk: str
-    done: int
-    total: int
-    sent: int
 
 
 @dataclass
@@ -90,13 +81,19 @@ class Transfer:
             connection.begin(ready.positions, self.config.chunk)
             # Once for each push: a line that breaks all the time must not fill the log.
             level = logging.DEBUG if self.tally.resumed else logging.INFO
-            self.tally.resumed = sum(ready.positions)
+            safe = sum(ready.positions)
+            # No session may be long enough for an Ack. That each goes on further than the one before is progress as well.
+            connection.progressed |= safe > self.tally.resumed
+            self.tally.resumed = safe
             if self.tally.resumed:
                 text = "%d bytes are safe at the receiver already"
                 _logger.log(level, text, self.tally.resumed)
+            report = self._progress(jobs)
+            for job in jobs:  # where it is taken up
+                report(job, job.spool.writer.disk_end)
             size = self.config.verify_sample_mib << 20
             async with sampling(self._tracked(entry, jobs), size, self.rng) as sample:
-                sender = Sender(connection, self._compression, self.cpus, self._progress(jobs))
+                sender = Sender(connection, self._compression, self.cpus, report)
                 await sender.send(
                     jobs, at_once=min(self.config.concurrent_disks, connection.disks_at_once)
                 )
@@ -196,4 +193,4 @@ def since_us(started_us: int) -> int:
     return max(0, time.time_ns() // 1000 - started_us)
 
 
-__all__ = ["Progress", "Tally", "Transfer", "since_us"]
+__all__ = ["Tally", "Transfer", "since_us"]

@@ -16,12 +16,16 @@ _REASON_MAX = 1000
 
 
 class Trouble(msgspec.Struct, frozen=True):
-    """Attempts in a row that made no recovery point: the first one's time, the last one's time and reason."""
+    """Attempts in a row that made no recovery point: the first one's time, the last one's time and reason.
+
+    ``back_us``: when the receiver was reached again after the last of them, and the push went on; None where it was not.
+    """
 
     since_us: int
     at_us: int
     reason: str
     failures: int
+    back_us: int | None = None
 
 
 async def load(log: EventLog, vm: str) -> Trouble | None:
@@ -44,6 +48,14 @@ async def note(
     await log.journal_put(_key(vm), msgspec.to_builtins(trouble))
 
 
+async def went_on(log: EventLog, vm: str, now_us: int) -> None:
+    """The receiver is reached again, and the push goes on; durable on return."""
+    before = await load(log, vm)
+    if before is not None:
+        trouble = msgspec.structs.replace(before, back_us=now_us)
+        await log.journal_put(_key(vm), msgspec.to_builtins(trouble))
+
+
 async def clear(log: EventLog, vm: str) -> None:
     """An attempt succeeded."""
     if await log.journal_get(_key(vm)) is not None:
@@ -54,4 +66,4 @@ def _key(vm: str) -> str:
     return f"run/{vm}"
 
 
-__all__ = ["Trouble", "clear", "load", "note"]
+__all__ = ["Trouble", "clear", "load", "note", "went_on"]

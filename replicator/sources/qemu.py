@@ -52,6 +52,10 @@ _UUID_NAMESPACE = UUID("5f1c1bb1-5d9e-5a43-9a39-1f6d4f0e3b52")
 SCRATCH_FREE_MIN = 2 << 30
 READ_DEPTH = 16
 _GUARD_INTERVAL_S = 1.0
+_UNKNOWN_SERVER = (
+    "QEMU runs an NBD server already: name its socket with qemu_nbd_socket or, if a push that was "
+    "killed left it, stop it with nbd-server-stop over QMP"
+)
 
 
 class QemuSource:
@@ -125,15 +129,16 @@ class QemuSource:
                     file={"driver": "file", "filename": str(path)},
                     backing=disk.node,
                 )
-            await self._start_server(qmp)
             record = record.taken(time.time_ns() // 1000)
             await trio.to_thread.run_sync(record.save, self._dir)
+            # As late as can be: until its first export nothing in QEMU tells that it is ours.
+            await self._start_server(qmp)
             await qmp.execute("transaction", actions=instant(record, disks, self._grain))
             for index, disk in enumerate(record.disks):
                 await qmp.execute(
                     "block-export-add",
                     type="nbd",
-                    id=names.object_id(name.push_id, index),
+                    id=self._export_id(name.push_id, index),
                     name=names.object_id(name.push_id, index),
                     node_name=names.node_name(name.push_id, index),
                     bitmaps=reference_bitmaps(record, disk),
@@ -249,8 +254,10 @@ class QemuSource:
             if "already running" not in str(error):
                 raise
             if not await answers(self._own_socket):
-                text = "QEMU runs an NBD server of its own: name its socket with qemu_nbd_socket"
-                raise SourceError(text) from error
+                raise SourceError(_UNKNOWN_SERVER) from error
+
+    def _export_id(self, push_id: str, index: int) -> str:
+        return names.export_id(push_id, index, own_server=self._own_socket is not None)
 
     async def _open(self, record: SnapshotRecord) -> QemuSnapshot:
         """Connect to each disk's export."""
@@ -304,7 +311,7 @@ class QemuSource:
             name = names.object_id(record.push_id, index)
             if inventory.jobs.get(name) not in ("running", "paused", "standby", "ready"):
                 raise SnapshotGoneError(f"QEMU has ended the snapshot of disk {disk.identity}")
-            if name not in inventory.exports:
+            if self._export_id(record.push_id, index) not in inventory.exports:
                 raise SnapshotGoneError(f"the snapshot of disk {disk.identity} is not exported")
 
     async def _guard(self, record: SnapshotRecord) -> None:

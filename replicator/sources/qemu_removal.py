@@ -27,8 +27,8 @@ class Removal:
     """Removal over the connection ``qmp``. ``removed`` collects the names of what was removed."""
 
     def __init__(self, qmp: QmpClient, working_dir: Path, nbd_socket: Path | None) -> None:
-        """``nbd_socket``: where an NBD server that we started listens; None: the server is not
-        ours.
+        """``nbd_socket``: where an NBD server that we start listens; None: the configuration names
+        a server, and it is not stopped.
         """
         self.qmp = qmp
         self._dir = working_dir
@@ -47,8 +47,15 @@ class Removal:
         for apart.
         """
         inventory = await take_inventory(self.qmp)
-        for export in _of(inventory.exports, wanted):
-            await self._remove_export(export)
+        exports = _of(inventory.exports, wanted)
+        if self._is_ours_alone(exports, inventory):
+            # All of it in one step. Exports first, and after a kill in between nothing would tell
+            # any more whose server it is, should the working directory be lost too.
+            await self.qmp.execute("nbd-server-stop")
+            self.removed += exports
+        else:
+            for export in exports:
+                await self._remove_export(export)
         await self._stop_server()
         for job in _of(inventory.jobs, wanted):
             await self._remove_job(job)
@@ -56,6 +63,14 @@ class Removal:
             if wanted_node(node):
                 await self.qmp.execute("blockdev-del", node_name=node)
                 self.removed.append(node)
+
+    def _is_ours_alone(self, exports: list[str], inventory: Inventory) -> bool:
+        """Whether we started the NBD server, in whatever working directory, and it serves nothing
+        but ``exports``.
+        """
+        if self._nbd_socket is None or inventory.nbd_exports != len(exports):
+            return False
+        return any(names.tells_own_server(export) for export in exports)
 
     async def _remove_export(self, export: str) -> None:
         try:
@@ -100,8 +115,8 @@ class Removal:
         raise QmpError(f"QEMU did not end {what} in {SETTLE_TIMEOUT_S:g} s")
 
     async def _stop_server(self) -> None:
-        """Stop an NBD server that we started and that nobody uses: QEMU has only one, others may
-        want it.
+        """Stop an NBD server that we started in this working directory and that nobody uses: QEMU
+        has only one, others may want it.
         """
         if self._nbd_socket is None or not self._nbd_socket.is_socket():
             return

@@ -19,6 +19,7 @@ from replicator import durable
 from replicator.errors import SourceError
 
 PREFIX = "replctl-"
+_OWN_SERVER = "-own"
 _PUSH_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _FILE = re.compile(r"replctl-(?P<push>.+?)(?:-(?P<index>\d{1,4})\.(?:qcow2|raw)|\.json(?:\.new)?)")
 _RECORD_LENGTH_MAX = 1 << 20
@@ -37,15 +38,26 @@ def bitmap_name(push_id: str) -> str:
 
 
 def object_id(push_id: str, index: int) -> str:
-    """Id of a disk's backup job and of its export, which is also the export's name."""
+    """Id of a disk's backup job, and the name of its export."""
     return f"{bitmap_name(push_id)}-{index}"
 
 
+def export_id(push_id: str, index: int, *, own_server: bool) -> str:
+    """Id of a disk's export; it tells whether the NBD server that it is on was started by us."""
+    return object_id(push_id, index) + (_OWN_SERVER if own_server else "")
+
+
+def tells_own_server(export: str) -> bool:
+    """Whether the export with this id is ours and on an NBD server that we started."""
+    return push_of_object(export) is not None and export.endswith(_OWN_SERVER)
+
+
 def push_of_object(name: str) -> str | None:
-    """The push that a job or export was made for; None if it is not ours."""
+    """The push that the job or export with this id was made for; None if it is not ours."""
     if not name.startswith(PREFIX):
         return None
-    push_id, _, index = name.removeprefix(PREFIX).rpartition("-")
+    disk = name.removeprefix(PREFIX).removesuffix(_OWN_SERVER)
+    push_id, _, index = disk.rpartition("-")
     return push_id if push_id and index.isdigit() else None
 
 

@@ -127,6 +127,19 @@ class TlsStream(trio.abc.Stream):
         found = dict.fromkeys(_names(cast("dict[str, Any]", self._tls.getpeercert() or {})))
         return tuple(name for name in found if name.isprintable() and 0 < len(name) <= _NAME_MAX)
 
+    def shown_names(self) -> tuple[str, ...]:
+        """The DNS names and addresses in the certificate that the other side showed, proven or not; none where none came."""
+        # Only this has them when the handshake has failed; a later Python may not. It is for the text of an error.
+        chain = getattr(getattr(self._tls, "_sslobj", None), "get_unverified_chain", lambda: None)()
+        if not chain:
+            return ()
+        found = (
+            name
+            for kind, name in chain[0].get_info().get("subjectAltName", ())
+            if kind in {"DNS", "IP Address"}
+        )
+        return tuple(name for name in found if name.isprintable() and 0 < len(name) <= _NAME_MAX)
+
     # Sending
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
@@ -402,7 +415,7 @@ async def _establish(stream: TlsStream, server_name: str | None) -> None:
         elif await stream.receive_some(1) != TAKEN:
             raise WireError(f"{peer} did not say that it takes the certificate")
     except ssl.SSLError as error:
-        raise explain(error, peer) from error
+        raise explain(error, peer, stream.shown_names()) from error
     except TamperedError as error:
         # The receiver judges the source's certificate after the source is done with its part.
         raise explain(cast("ssl.SSLError", error.__cause__), peer) from error

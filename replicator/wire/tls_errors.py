@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import ssl
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Final
 
@@ -25,6 +25,11 @@ def reason(error: ssl.SSLError) -> str:
     return (error.reason or "protocol error").replace("_", " ").lower()
 
 
+#: OpenSSL's codes for a certificate without the host's name, or its address.
+_MISMATCH: Final = (62, 64)
+#: More names than this are not listed.
+_NAMES_MAX: Final = 8
+
 #: OpenSSL's codes (x509_vfy.h) for why a certificate was not taken. ``{peer}``: who showed it.
 _VERIFY: Final[Mapping[int, str]] = MappingProxyType(
     dict.fromkeys(
@@ -37,7 +42,7 @@ _VERIFY: Final[Mapping[int, str]] = MappingProxyType(
         26: "{peer}'s certificate may not be used for this: its extended key usage must hold serverAuth on a receiver,"
         " clientAuth on a source, or be left out",
     }
-    | dict.fromkeys((62, 64), "{peer}'s certificate does not name dr_host: {detail}")
+    | dict.fromkeys(_MISMATCH, "{peer}'s certificate does not name dr_host: {detail}")
 )
 
 #: What the other side's alert says of this side's certificate.
@@ -59,11 +64,18 @@ _NOT_TLS: Final = frozenset(
 _OLD_TLS: Final = frozenset({"UNSUPPORTED_PROTOCOL", "VERSION_TOO_LOW"})
 
 
-def explain(error: ssl.SSLError, peer: str) -> Exception:
-    """The error of our tree for one of the handshake; ``peer`` is who stands on the other side."""
+def explain(error: ssl.SSLError, peer: str, names: Sequence[str] = ()) -> Exception:
+    """The error of our tree for one of the handshake; ``peer`` is who stands on the other side.
+
+    ``names``: those that its certificate holds, for where none of them is the one that was asked for.
+    """
     if isinstance(error, ssl.SSLCertVerificationError):
         text = _VERIFY.get(error.verify_code, "{peer}'s certificate: {detail}")
-        return AuthenticationError(_FAILED + text.format(peer=peer, detail=error.verify_message))
+        said = text.format(peer=peer, detail=error.verify_message.rstrip("."))
+        if error.verify_code in _MISMATCH:
+            said += f"; it names {', '.join(names[:_NAMES_MAX]) or 'nothing'}"
+            said += ", …" if len(names) > _NAMES_MAX else ""
+        return AuthenticationError(_FAILED + said)
     if is_eof(error):
         return trio.BrokenResourceError(f"{peer} closed the connection in the handshake")
     word = error.reason or ""

@@ -139,11 +139,71 @@ async def test_status_of_both_sides_warns_before_a_certificate_ends(
         # An expired one: the source says so itself, and status too.
         files(tmp_path, "source", "web", days=-2.5)
         done = await told(source, "push")
-        assert done.code == 1
-        assert "TLS verification failed: dr_auth_cert: certificate " in done.err
-        assert "source.pem expired 2 days ago (" in done.err
+        assert done.code == 2
+        (line,) = done.err.splitlines()
+        assert line.startswith("replctl: dr_auth_cert: certificate ")
+        assert "source.pem expired 2 days ago (" in line
+        assert line.endswith("): renew it")
         (status,) = (await told(source, "status")).json
         assert any("source.pem expired 2 days ago" in line for line in status["warnings"])
+
+
+@pytest.mark.parametrize("command", ["seed", "push", "resync"])
+@pytest.mark.parametrize(
+    ("days", "expected"), [(-2.5, "expired 2 days ago"), (300, "is not valid before")]
+)
+def test_an_own_certificate_that_does_not_hold_is_refused_before_anything_is_touched(
+    tmp_path: Path, replctl: Replctl, command: str, days: float, expected: str
+) -> None:
+    begins = NOW + (timedelta(days=9) if days > 0 else timedelta(days=-40))
+    values = files(tmp_path, "source", "web")
+    write(
+        tmp_path,
+        issue("web", not_before=begins, not_after=NOW + timedelta(days=days)),
+        "source",
+    )
+    config = write_config(
+        tmp_path / "source.conf", source_values(tmp_path, dr_auth_token=None, **values)
+    )
+    done = replctl("--config", config, command)
+    assert (done.code, done.out) == (2, "")
+    said = f"replctl: dr_auth_cert: certificate {tmp_path}/source.pem {expected} "
+    assert re.fullmatch(re.escape(said) + r"[^\n]* renew it\n", done.err), done.err
+    assert not (tmp_path / "state").exists()
+
+
+async def test_run_lives_on_with_an_expired_certificate_and_takes_the_renewed_one(
+    tmp_path: Path,
+) -> None:
+    async with receiver(tmp_path, files(tmp_path, "receiver", "127.0.0.1")) as (_, port):
+        ours = files(tmp_path, "source", "web", days=-2.5)
+        config = write_config(
+            tmp_path / "source.conf",
+            source_values(tmp_path, dr_auth_token=None, dr_port=port, push_interval=1, **ours),
+        )
+        words = [sys.executable, "-c", RUN, "--config", str(config), "run"]
+        start = partial(trio.run_process, words, stderr=subprocess.PIPE, check=False)
+        async with trio.open_nursery() as nursery:
+            process: trio.Process = await nursery.start(start)
+            assert process.stderr is not None
+            said = b""
+            refused = f"this cycle failed: dr_auth_cert: certificate {tmp_path}/source.pem expired"
+            with trio.fail_after(HANG_S):
+                while said.count(refused.encode()) < 2:
+                    said += await piece_of(process, said)
+                files(tmp_path, "source", "web")
+                while b"DR cycle complete: vm=web cycle=1 " not in said:
+                    said += await piece_of(process, said)
+                process.terminate()
+                assert await process.wait() == 0
+
+
+async def piece_of(process: trio.Process, said: bytes) -> bytes:
+    """What it says next; it must not have ended."""
+    assert process.stderr is not None
+    piece = await process.stderr.receive_some()
+    assert piece, said
+    return bytes(piece)
 
 
 @pytest.mark.parametrize("command", ["seed", "push", "run", "receiver"])
@@ -194,7 +254,7 @@ async def test_run_reads_its_credentials_again_at_sighup_and_goes_on(tmp_path: P
         with trio.fail_after(HANG_S):
             await until(b"trying again")
             process.send_signal(signal.SIGHUP)
-            await until(b"credentials in use: key dr.key\n")
+            await until(b"credentials in use: key dr.key (fingerprint ")
             key.write_text("nothing")
             process.send_signal(signal.SIGHUP)
             await until(b"those read before stay in use: dr_auth_token: ")

@@ -4,11 +4,14 @@
 from __future__ import annotations
 
 import re
+import socket
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from replicator.config import NO_USE_ON_RECEIVER, NO_USE_ON_SOURCE
 from replicator.state_dir import open_state_dir
 from tests.cli.conftest import KEY, Replctl, source_values, write_config
 
@@ -43,7 +46,9 @@ CASES: list[tuple[dict[str, object], str]] = [
     ({"dr_auth_token": "ab" * 16}, r"dr_auth_token: .* 128 bits; at least 256"),
     ({"dr_auth_token": "xyz" * 30}, r"dr_auth_token: .*hex digits"),
     ({"dr_auth_token": "/nonexistent/key"}, r"dr_auth_token: /nonexistent/key: No such file"),
-    ({"dr_host": None}, r"dr_host: missing"),
+    ({"dr_host": None}, r" works where the VM is: .* names no receiver: dr_host"),
+    ({"metrics_listen": "192.0.2.1:9849"}, r"metrics_listen: .* not an address of this host"),
+    ({"max_bandwidth_schedule": "* 0; mon 5"}, r"max_bandwidth_schedule: 'mon 5' never holds: "),
     ({"dr_host": "a..b"}, r"dr_host: expected a host name or an address$"),
     ({"vm": "a/b"}, r"vm: a source pushes one VM, 'a/b' is not one plain name"),
     ({"vm": "*"}, r"vm: name the VM"),
@@ -96,6 +101,110 @@ def test_what_cannot_work_is_refused_before_anything_is_touched(
     assert tree(tmp_path) == before
     token = values.get("dr_auth_token")
     assert token is None or "/" in str(token) or str(token) not in done.err
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"dr_listen": "192.0.2.1"}, "dr_listen: cannot listen on 192.0.2.1:{port}: not an addr"),
+        ({"dr_listen": "hello"}, "dr_listen: cannot listen on hello:{port}: Name or service"),
+        ({"metrics_listen": "nohost.invalid:9849"}, "metrics_listen: cannot listen on nohost.inv"),
+        ({"metrics_listen": "192.0.2.1:9849"}, "metrics_listen: cannot listen on 192.0.2.1:9849"),
+    ],
+)
+def test_a_receiver_that_cannot_listen_touches_nothing(
+    tmp_path: Path,
+    replctl: Replctl,
+    monkeypatch: pytest.MonkeyPatch,
+    values: Mapping[str, object],
+    expected: str,
+) -> None:
+    look_up = socket.getaddrinfo
+
+    def without_names(host: str | None, *rest: Any, **options: Any) -> Any:
+        if host in ("hello", "nohost.invalid"):
+            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+        return look_up(host, *rest, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", without_names)
+    common = {"dr_auth_token": KEY, "dr_port": free_port(), "state_dir": tmp_path / "state"}
+    config = write_config(tmp_path / "rx.conf", {**common, **values})
+    done = replctl("--config", config, "receiver")
+    assert (done.code, done.out) == (2, "")
+    assert re.fullmatch(r"replctl: [^\n]+\n", done.err), done.err
+    assert done.err.startswith("replctl: " + expected.format(port=common["dr_port"]))
+    assert not (tmp_path / "state").exists()
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
+
+
+@pytest.mark.parametrize("key", ["dr_listen", "metrics_listen"])
+def test_a_busy_port_is_no_fault_of_the_configuration_but_touches_nothing_either(
+    tmp_path: Path, replctl: Replctl, key: str
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        values: dict[str, object] = {"dr_auth_token": KEY, "state_dir": tmp_path / "state"}
+        values |= (
+            {"dr_listen": "127.0.0.1", "dr_port": port}
+            if key == "dr_listen"
+            else {"dr_listen": "127.0.0.1", "dr_port": free_port(), key: f"127.0.0.1:{port}"}
+        )
+        config = write_config(tmp_path / "rx.conf", values)
+        done = replctl("--config", config, "receiver")
+        assert (done.code, done.out) == (1, "")
+        assert done.err == (
+            f"replctl: {key}: cannot listen on 127.0.0.1:{port}: Address already in use\n"
+        )
+        assert not (tmp_path / "state").exists()
+        # With the directory there, the other process may be the one that has it: that is said instead.
+        with open_state_dir(tmp_path / "state"):
+            done = replctl("--config", config, "receiver")
+        assert done.code == 3
+        assert "another replctl" in done.err
+
+
+def test_every_key_that_one_side_only_reads_is_known_as_such() -> None:
+    """The documents say which side a key is for; the same keys are warned of on the other."""
+    text = (Path(__file__).parents[2] / "docs/configuration.md").read_text("utf-8")
+    rows = re.findall(
+        r"^\| `(\w+)` \|[^|]*\|[^|]*\| (source|receiver)\b[^|]*\|$", text, re.MULTILINE
+    )
+    both = {key for key, _ in rows if key in {"vm", "dr_host", "dr_allow"}}
+    assert both == {"vm", "dr_host", "dr_allow"}  # the side's own mark, refused, and read by both
+    for side, idle in (("source", NO_USE_ON_RECEIVER), ("receiver", NO_USE_ON_SOURCE)):
+        assert {key for key, where in rows if where == side} - both == idle
+
+
+def test_keys_of_the_other_side_are_warned_of_once_each(tmp_path: Path, replctl: Replctl) -> None:
+    values = source_values(tmp_path, dr_restore_points=48, dr_listen="127.0.0.1", rpo_target=600)
+    config = write_config(tmp_path / "source.conf", values)
+    done = replctl("--config", config, "seed")  # which reaches nobody
+    said = [line for line in done.err.splitlines() if "does nothing" in line]
+    assert [line.partition(" WARNING ")[2] for line in said] == [
+        "dr_restore_points does nothing on a source: it belongs in the receiver's configuration",
+        "dr_listen does nothing on a source: it belongs in the receiver's configuration",
+    ]
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        receiver: dict[str, object] = {
+            "dr_auth_token": KEY,
+            "state_dir": tmp_path / "dr",
+            "max_bandwidth_mbps": 0,
+            "rpo_target": 600,
+            "dr_listen": "127.0.0.1",
+            "dr_port": server.getsockname()[1],
+        }
+        config = write_config(tmp_path / "rx.conf", receiver)
+        (tmp_path / "dr").mkdir()
+        with open_state_dir(tmp_path / "dr"):
+            done = replctl("--config", config, "receiver")  # ends at once: the directory is taken
+    (line,) = [line for line in done.err.splitlines() if "does nothing" in line]
+    assert line.endswith(
+        "max_bandwidth_mbps does nothing on a receiver: it belongs in the source's configuration"
+    )
 
 
 def test_a_configuration_that_holds_the_key_must_be_private(

@@ -21,7 +21,9 @@ from replicator.domain.model import Damage, Point, PointDisk, PushKind, Suspicio
 from replicator.domain.views import (
     event_info,
     instant,
+    is_shown,
     point_info,
+    push_info,
     sampling_info,
     vm_status,
     warnings,
@@ -51,6 +53,7 @@ CHECKS: dict[str, Callable[[object], bool]] = {
         isinstance(value, list) and all(isinstance(item, str) for item in value)
     ),
     "SamplingInfo": lambda value: isinstance(value, dict),
+    "PushProgress": lambda value: isinstance(value, dict),
     "LastCycle": lambda value: isinstance(value, dict),
 }
 
@@ -156,6 +159,7 @@ def test_status() -> None:
             "committed_at": "2023-11-14T22:13:22.000Z",
         },
         "sampling": None,
+        "push": None,
         "warnings": [
             "recovery point 3 is damaged: disk-0, 65536 bytes at 65536: digest of grain 1, and 1 more",
             "the last push was given up: the snapshot is gone",
@@ -171,6 +175,26 @@ def test_status_before_the_first_point() -> None:
         "unseeded", None, None, None,
     )  # fmt: skip
     assert status["warnings"] == ["no recovery point yet"]
+
+
+def test_progress_of_a_push() -> None:
+    since_us = 1_700_000_000 * S
+    sent = push_info(1, "resync", since_us, done=2, total=4, sent=1, eta_s=2.5)
+    received = push_info(1, "seed", since_us, received=7)
+    for push in (sent, received):
+        keeps_promise("PushProgress", push)
+        assert is_time(push["since"])
+        status = vm_status(ProtectedVm.register(VM, "web", "source"), 5 * S, push=push)
+        keeps_promise("VmStatus", status)
+        assert status["push"] == push
+
+
+def test_a_source_does_not_speak_of_a_vm_that_was_named_by_mistake() -> None:
+    vm = ProtectedVm.register(VM, "wbe", "source")
+    assert not is_shown(vm, "web")
+    assert all(is_shown(vm, configured) for configured in ("wbe", " * ", str(VM)))
+    vm.commit(point(1, PushKind.SEED))
+    assert is_shown(vm, "web")
 
 
 def test_a_source_whose_clock_is_ahead_has_no_negative_age() -> None:

@@ -13,6 +13,7 @@ import pytest
 from replicator.cli.logs import configure
 from replicator.cli.progress import progress
 from replicator.cli.render import show_history, show_points, show_status
+from replicator.domain.views import push_info
 
 
 class Terminal(io.StringIO):
@@ -114,6 +115,7 @@ STATUS: dict[str, Any] = {
     "rpo_age_s": 75.0, "rpo_target_s": 600, "rpo_forecast_s": 320.0, "warnings": ["recovery point 3 is damaged\x07"],
     "last_cycle": {"point": 7, "kind": "cycle", "duration_s": 1.5, "bytes_pushed": 2048, "committed_at": ""},
     "sampling": {"days": 7, "sampled": 1024, "missed": 0, "missed_percent_max": 0.29},
+    "push": None,
 }  # fmt: skip
 EMPTY = {
     **STATUS,
@@ -148,7 +150,35 @@ def test_status_is_a_row_a_vm_and_a_line_a_warning(capsys: pytest.CaptureFixture
     assert "cycle, 2.0 KiB in 1.5 s" in first
     assert second.split() == ["new", "source", "protected", "-", "-", "-"]
     assert warning == f"web[red]{mark}: recovery point 3 is damaged{mark}"
-    assert sampled.startswith(f"web[red]{mark}: 95 % sure that under 0.30 % were missed")
+    assert sampled.startswith(f"web[red]{mark}: 95 % sure that change tracking missed under 0.30 %")
+
+
+def test_what_is_warned_of_for_every_vm_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:
+    ends = "certificate /x expires in 3 days"
+    show_status([{**STATUS, "warnings": [ends, "damaged"]}, {**EMPTY, "warnings": [ends]}])
+    out = capsys.readouterr().out
+    assert out.count(ends) == 1
+    assert f"\nall VMs: {ends}\n" in out
+    assert ": damaged\n" in out
+    # Of one VM it is that VM's.
+    show_status([{**EMPTY, "warnings": [ends]}])
+    assert capsys.readouterr().out.splitlines()[2] == f"new: {ends}"
+
+
+def test_status_shows_the_push_that_is_under_way(capsys: pytest.CaptureFixture[str]) -> None:
+    began = 1_700_000_000_000_000
+    sent = push_info(1, "seed", began, done=56 << 34, total=100 << 34, sent=410 << 30, eta_s=10_900)
+    received = push_info(1, "seed\x1b", began, received=3 << 20)
+    show_status([{**EMPTY, "push": sent}, {**EMPTY, "push": received}])
+    *_, first, second = capsys.readouterr().out.splitlines()
+    assert first == (
+        "new: pushing point 1 (seed): 56 % of 1.6 TiB looked at, 410.0 GiB sent, about 3 h left,"
+        " since 2023-11-14T22:13:20.000Z"
+    )
+    mark = "\N{REPLACEMENT CHARACTER}"
+    assert second == (
+        f"new: receiving point 1 (seed{mark}): 3.0 MiB received, since 2023-11-14T22:13:20.000Z"
+    )
 
 
 @pytest.mark.parametrize(

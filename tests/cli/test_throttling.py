@@ -107,7 +107,9 @@ def test_on_a_receiver_it_says_where_to_go(tmp_path: Path, replctl: Replctl) -> 
     assert "run it on the source's host, beside replctl run" in done.err
 
 
-@pytest.mark.parametrize("limit", ["fast", "mon-fri 8:00 50", "1000001", ""])
+@pytest.mark.parametrize(
+    "limit", ["fast", "mon-fri 8:00 50", "1000001", "", "-1", "-5M", "* 0; mon 5"]
+)
 def test_a_bad_limit_is_refused_whether_or_not_anything_runs(
     tmp_path: Path, replctl: Replctl, limit: str
 ) -> None:
@@ -115,6 +117,12 @@ def test_a_bad_limit_is_refused_whether_or_not_anything_runs(
     done = replctl("--config", config, "throttle", limit)
     assert (done.code, done.out) == (2, "")
     assert done.err.startswith("replctl: limit: ")
+
+
+def test_an_option_that_there_is_not_is_no_limit(tmp_path: Path, replctl: Replctl) -> None:
+    done = replctl("--config", tmp_path / "none.conf", "throttle", "--jsn")
+    assert (done.code, done.out) == (2, "")
+    assert "No such option" in done.err
 
 
 async def test_run_answers_for_as_long_as_it_runs(tmp_path: Path, replctl: Replctl) -> None:

@@ -180,10 +180,15 @@ async def test_without_a_timetable_it_does_not_wake(
     ("text", "reason"),
     [
         ("1000001", "1000001 is no rate"),
-        ("", "empty"),
-        ("fast", "'fast': expected DAYS"),
+        ("", "'': expected Mbit/s as a whole number, a timetable, off or reset"),
+        ("fast", "'fast': expected Mbit/s as a whole number"),
+        ("1.5", "'1.5': expected Mbit/s as a whole number"),
+        ("5M", "'5M': expected Mbit/s"),
+        ("-1", "'-1': expected Mbit/s"),
+        ("mon 5 6 7", "'mon 5 6 7': expected DAYS"),
+        ("* 0; mon 5", "'mon 5' never holds"),
         ("mon-fri 8:00 50", "8:00: expected HH:MM-HH:MM"),
-        ("²", "expected DAYS"),
+        ("²", "expected Mbit/s"),
     ],
 )
 def test_a_limit_that_is_none(text: str, reason: str) -> None:

@@ -79,7 +79,10 @@ async def test_every_row_is_what_the_log_says(tmp_path: Path) -> None:
             throttle_mbps=lambda: 50,
             reconnects=lambda: {"web": 3},
             expires=lambda: [("/c.pem", 1.9e9), ("/c.pem", 2e9), ("/ca.pem", 2.5e9)],
+            pushing=lambda: {"web": (0.5, 77)},
+            shows=lambda vm: vm.name != "wbe",
         )
+        await log.register(UUID(int=7), "wbe", "receiver")
         found = parsed(await Metrics(log, live, lambda: taken_s + 90).page())
         vm = log.get(WEB)
         assert vm is not None
@@ -108,6 +111,8 @@ async def test_every_row_is_what_the_log_says(tmp_path: Path) -> None:
         "replicator_pushes_abandoned_total": {web: 1, db: 0},
         "replicator_damages_total": {web: 1, db: 0},
         "replicator_dr_reconnect_total": {web: 3},
+        "replicator_push_progress_ratio": {web: 0.5},
+        "replicator_push_sent_bytes": {web: 77},
         "replicator_throttle_mbps": {frozenset(): 50},
         "replicator_certificate_expiry_timestamp_seconds": {
             frozenset({("file", "/c.pem")}): 1.9e9,
@@ -120,7 +125,10 @@ async def test_every_metric_is_documented_with_its_labels(tmp_path: Path) -> Non
     text = (Path(__file__).parents[2] / "docs" / "operating.md").read_text("utf-8")
     documented = re.findall(r"^\| `(replicator_\w+)(?:\{([a-z,]+)\})?` \|", text, re.MULTILINE)
     live = Live(
-        throttle_mbps=lambda: 1, reconnects=lambda: {"web": 0}, expires=lambda: [("/c.pem", 1)]
+        throttle_mbps=lambda: 1,
+        reconnects=lambda: {"web": 0},
+        expires=lambda: [("/c.pem", 1)],
+        pushing=lambda: {"web": (0.0, 0)},
     )
     async with open_log(tmp_path / "events") as log:
         await fill(log)

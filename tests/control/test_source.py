@@ -6,6 +6,7 @@ from __future__ import annotations
 import random
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 import trio
 
 from replicator.cli.control import SOURCE, ControlClient
+from replicator.cli.pushing import push_progress
 from replicator.config import Config, check
 from replicator.control.bandwidth import Regulator
 from replicator.control.metrics import Live, Metrics
@@ -75,7 +77,8 @@ async def test_the_next_change_is_a_time_in_utc(tmp_path: Path) -> None:
     async with open_log(tmp_path / "events") as log:
         config = config_of(tmp_path, max_bandwidth_schedule="* 08:00-18:00 50; * 0")
         regulator = Regulator(config, clock=lambda: 9 * 3600, offset=lambda _: 0)
-        answer = await ask(SourceApi(regulator, Metrics(log, Live())), "GET", "/v1/throttle")
+        api = SourceApi(regulator, Metrics(log, Live()))
+        answer = await ask(api, "GET", "/v1/throttle")
     assert answer["next_change"] == "1970-01-01T18:00:00.000Z"
     assert (answer["mbps"], answer["next_mbps"]) == (50, 0)
     assert answer["origin"] == "max_bandwidth_schedule"
@@ -91,7 +94,7 @@ async def test_the_next_change_is_a_time_in_utc(tmp_path: Path) -> None:
         ("GET //[", {}, UsageError, "not a request's target"),
         ("POST /v1/throttle", {}, UsageError, "limit: expected a rate"),
         ("POST /v1/throttle", {"limit": 50}, UsageError, "limit: expected a rate"),
-        ("POST /v1/throttle", {"limit": "fast"}, UsageError, "limit: 'fast': expected DAYS"),
+        ("POST /v1/throttle", {"limit": "fast"}, UsageError, "limit: 'fast': expected Mbit/s"),
     ],
 )
 async def test_bad_requests_change_nothing(
@@ -172,7 +175,8 @@ async def test_a_push_that_is_under_way_feels_a_change_on_the_same_connection(
             link = Link(sx.config, SourceCredentials(sx.config), watched)
             pusher = Pusher(sx.config, sx.log, sx.source, link)
             live = Live(throttle_mbps=lambda: regulator.throttle.mbps)
-            await serve_source(nursery, sx.config, regulator, Metrics(sx.log, live))
+            metrics, push_ = Metrics(sx.log, live), partial(push_progress, pusher)
+            await serve_source(nursery, sx.config, regulator, metrics, push_)
             outcomes: list[Outcome] = []
             done = trio.Event()
 
@@ -186,8 +190,17 @@ async def test_a_push_that_is_under_way_feels_a_change_on_the_same_connection(
             assert (await client.get("/v1/throttle"))["mbps"] == 1
             assert not outcomes
             assert watched.sent < 1 << 20
+            answer = await client.get("/v1/push")
+            assert (answer["vm"], answer["push"]["point"], answer["push"]["kind"]) == (
+                "web", 1, "seed",
+            )  # fmt: skip
+            assert answer["push"]["total"] == 8 << 20
+            assert answer["push"]["done"] < 8 << 20
+            assert [store.landing is None for store in rx.stores.all] == [False]
             assert (await client.post("/v1/throttle", {"limit": "off"}))["mbps"] == 0
             await done.wait()
+            assert await client.get("/v1/push") == {"vm": "web", "push": None}
+            assert rx.store.landing is None
             nursery.cancel_scope.cancel()
         assert len(outcomes) == 1
         assert watched.connections == 1

@@ -12,20 +12,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import trio
-import trio.testing
+from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import (
     BestAvailableEncryption,
     Encoding,
     PrivateFormat,
     load_pem_private_key,
 )
+from cryptography.x509 import load_pem_x509_certificates
 
 from replicator.config import Config, check
 from replicator.credentials import (
     ReceiverCredentials,
     SourceCredentials,
     certificates,
+    check_own,
     expiry_warnings,
 )
 from replicator.errors import AuthenticationError, UsageError
@@ -241,8 +242,9 @@ def test_contradictions_are_refused_by_key(values: dict[str, str], expected: str
 def test_a_receiver_may_take_both_kinds_and_must_take_one(files: Files) -> None:
     both = ReceiverCredentials(files.config(dr_auth_token=KEYS[0]))
     assert both.summary() == "1 key and mTLS"
+    (hint,) = both.loaded.keys
     assert str(both.loaded) == (
-        f"key dr_auth_token, {both.loaded.certificates.own}, {both.loaded.certificates.authority}"  # type: ignore[union-attr]
+        f"key dr_auth_token (fingerprint {hint[:4].hex()}), {both.loaded.certificates.own}, {both.loaded.certificates.authority}"  # type: ignore[union-attr]
     )
     assert KEYS[0] not in repr(both.loaded)
     assert ReceiverCredentials(files.config()).summary() == "mTLS"
@@ -251,7 +253,34 @@ def test_a_receiver_may_take_both_kinds_and_must_take_one(files: Files) -> None:
         ReceiverCredentials(check({}))
 
 
+def test_what_is_in_use_is_told_apart_by_fingerprints(files: Files) -> None:
+    """Of the same names: other keys and certificates have others, and the certificate's are those that openssl shows."""
+    ring = [
+        str(ReceiverCredentials(files.config(dr_auth_token=key)).loaded).partition(", ")[0]
+        for key in KEYS[:2]
+    ]
+    assert len(set(ring)) == 2
+    files.ca.write_text(authorities() + authorities("next"))
+    held = ReceiverCredentials(files.config()).loaded.certificates
+    assert held is not None
+    digests = [
+        each.fingerprint(SHA256()).hex()[:8]
+        for path in (files.cert, files.ca)
+        for each in load_pem_x509_certificates(path.read_bytes())
+    ]
+    assert str(held.own).startswith(f"certificate {files.cert} (SHA-256 {digests[0]}) until ")
+    assert f"(SHA-256 {digests[1]} {digests[2]}) until " in str(held.authority)
+    files.ca.write_text(authorities() * 6)
+    held = ReceiverCredentials(files.config()).loaded.certificates
+    assert held is not None
+    assert held.authority.fingerprint == " ".join([digests[1]] * 4) + " and 2 more"
+
+
 # --- until when --------------------------------------------------------------------------------
+
+
+#: What a certificate that does not hold means on a receiver.
+WITHOUT = "; until then no source can connect with a certificate"
 
 
 def dated(files: Files, before: timedelta, after: timedelta) -> Files:
@@ -278,7 +307,10 @@ def test_a_certificate_is_warned_of_30_days_ahead(
     found = credentials.warnings(NOW.timestamp())
     # A status that has no process to ask looks at the same files, and needs no key.
     files.key.unlink()
-    assert expiry_warnings(files.config(), NOW.timestamp()) == found
+    plain = [line.removesuffix(WITHOUT) for line in found]
+    assert expiry_warnings(files.config(), NOW.timestamp()) == plain
+    # Only of one that does not hold, and only of a receiver's own.
+    assert (plain != found) == (after < timedelta())
     if expected is None:
         assert found == []
     else:
@@ -312,16 +344,22 @@ def test_what_cannot_be_read_is_a_warning_of_status(files: Files) -> None:
 @pytest.mark.parametrize(
     ("before", "after", "expected"),
     [
-        (-9 * DAY, -DAY, "expired 1 day ago"),
-        (DAY, 9 * DAY, "is not valid before .*: is the clock right?"),
+        (-9 * DAY, -DAY, r"expired 1 day ago \(.*\): renew it$"),
+        (DAY, 9 * DAY, "is not valid before .*: set this host's clock, or renew it$"),
     ],
 )
 async def test_a_source_says_itself_that_its_certificate_does_not_hold(
     files: Files, before: timedelta, after: timedelta, expected: str
 ) -> None:
     dated(files, before, after)
-    (proof,) = await SourceCredentials(files.config(dr_host="dr.example")).proofs()
-    left, right = trio.testing.memory_stream_pair()
-    with pytest.raises(AuthenticationError, match=f"dr_auth_cert: certificate .* {expected}"):
-        await proof.prove(left, deadline_s=1)
-    assert await right.receive_some() == b""  # closed, and nothing was sent
+    config = files.config(dr_host="dr.example")
+    credentials = SourceCredentials(config)
+    # Before it connects to anybody, and before a command touches anything.
+    with pytest.raises(AuthenticationError, match=f"^dr_auth_cert: certificate .* {expected}"):
+        await credentials.proofs()
+    with pytest.raises(UsageError, match=f"^dr_auth_cert: certificate .* {expected}"):
+        check_own(config)
+    # Renewed under a process that lives on.
+    dated(files, -DAY, DAY)
+    assert len(await credentials.proofs()) == 1
+    check_own(config)

@@ -331,6 +331,40 @@ async def test_certificates_are_renewed_while_both_sides_run(
     assert "credentials in use: certificate" in caplog.text
 
 
+@pytest.mark.parametrize("expired", ["receiver", "web"])
+async def test_an_expired_certificate_is_named_where_it_lies_and_keys_go_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, expired: str
+) -> None:
+    ours, theirs = side(tmp_path, "web"), at_receiver(tmp_path, dr_auth_token=KEYS[0])
+    name = {"receiver": "127.0.0.1", "web": "web"}[expired]
+    write(tmp_path, issue(name, not_before=NOW - 9 * DAY, not_after=NOW - DAY), expired)
+    said = f"dr_auth_cert: certificate {tmp_path}/{expired}.pem expired 1 day ago ("
+    async with (
+        receiver_site(tmp_path / "rx", **theirs) as rx,
+        source(rx, tmp_path, ours) as sx,
+    ):
+        with pytest.raises(AuthenticationError) as caught:
+            await sx.push(Want.SEED)
+        if expired == "web":
+            # Nobody was connected to.
+            assert str(caught.value).startswith(said)
+            assert str(caught.value).endswith(": renew it")
+            assert "TLS" not in caplog.text
+        else:
+            assert "has expired: renew it" in str(caught.value)
+            await logged(caplog, said)
+            ReceiverCredentials(rx.config).tell()
+            (record,) = (r for r in caplog.records if r.message.startswith("certificate "))
+            assert record.levelno == logging.ERROR
+            assert record.message.endswith("no source can connect with a certificate")
+        by_key = check({"dr_auth_token": KEYS[0], "dr_host": "127.0.0.1", "dr_port": str(rx.port)})
+        async with Link(by_key, SourceCredentials(by_key)).connect():
+            pass
+        # Renewed, neither side is started again.
+        write(tmp_path, issue(name), expired)
+        assert (await sx.push(Want.SEED)).point.number == 1
+
+
 async def test_what_cannot_be_read_again_is_logged_once_and_changes_nothing(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -390,8 +424,9 @@ async def test_sighup_reads_all_again_and_says_what_is_in_use(
         os.kill(os.getpid(), signal.SIGHUP)
         await logged(caplog, "expires in 12 days")
         in_use = next(r.message for r in caplog.records if "in use" in r.message)
-        assert "key dr_auth_token, certificate" in in_use
-        assert f"{tmp_path}/web.pem until {NOW + 12 * DAY + DAY / 2:%Y-%m-%d}" in in_use
+        assert "key dr_auth_token (fingerprint " in in_use
+        assert f"certificate {tmp_path}/web.pem (SHA-256 " in in_use
+        assert f") until {NOW + 12 * DAY + DAY / 2:%Y-%m-%d}" in in_use
         (tmp_path / "ca.pem").write_text("nothing")
         os.kill(os.getpid(), signal.SIGHUP)
         await logged(caplog, "cannot be read again")

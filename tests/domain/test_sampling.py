@@ -65,7 +65,7 @@ def test_nothing_sampled_says_nothing() -> None:
 def test_what_is_said_is_never_less_than_what_is_known(clean: int) -> None:
     said = sentence(clean, 0)
     assert said is not None
-    number = float(said.removeprefix("95 % sure that under ").split(" %")[0])
+    number = float(said.removeprefix("95 % sure that change tracking missed under ").split(" %")[0])
     bound = missed_percent_max(clean)
     assert bound is not None
     assert bound <= number * (1 + 1e-9)
@@ -74,12 +74,13 @@ def test_what_is_said_is_never_less_than_what_is_known(clean: int) -> None:
 
 def test_the_sentences() -> None:
     assert sentence(1024, 0) == (
-        "95 % sure that under 0.30 % were missed in the last 7 days"
-        " (1024 samples of what change tracking called unchanged, all right)"
+        "95 % sure that change tracking missed under 0.30 % of what it called unchanged"
+        " in the last 7 days (1024 samples, all right)"
     )
-    assert sentence(1024, 2) == (
-        "change tracking missed changes 2 times in the last 7 days (1024 samples were right)"
-    )
+    for missed, times in ((1, "once"), (2, "twice"), (3, "3 times")):
+        assert sentence(1024, missed) == (
+            f"change tracking missed changes {times} in the last 7 days (1024 samples were right)"
+        )
 
 
 @given(st.integers(0, 4 * 10**15))

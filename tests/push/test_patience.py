@@ -60,14 +60,19 @@ class Story:
         self.link = link
         self.patience = Patience(link, limit_s, lambda: jitter)  # type: ignore[arg-type]
         self.noted: list[int] = []
+        self.back_at: list[float] = []
 
     async def note(self, error: ConnectionLostError, attempts: int) -> None:
         assert str(error)
         await trio.lowlevel.checkpoint()
         self.noted.append(attempts)
 
+    async def back(self) -> None:
+        await trio.lowlevel.checkpoint()
+        self.back_at.append(trio.current_time())
+
     async def run(self, work: Callable[[Any], Any]) -> Any:
-        return await self.patience.keep_connected(work, self.note)
+        return await self.patience.keep_connected(work, self.note, self.back)
 
 
 async def done(_: object) -> str:
@@ -136,7 +141,85 @@ async def test_a_line_that_breaks_as_soon_as_it_is_made_fills_no_log(
     assert len(story.link.attempts) > HOUR_S / 2.1
     assert story.patience.reconnects == len(story.link.attempts) - 1
     assert len(caplog.messages) <= 2 * HOUR_S / TELL_S + 2
-    assert len(story.noted) <= HOUR_S / TELL_S + 1
+    # For status each of them is written down, in the place of the one before.
+    assert len(story.noted) == len(story.link.attempts)
+    assert len(story.back_at) == story.patience.reconnects
+
+
+def breaks_at(*times: float) -> Callable[[Any], Any]:
+    """Work that is done 300 s after it was first begun, on a line that breaks at these times after that."""
+    began: list[float] = []
+
+    async def work(connection: FakeConnection) -> str:
+        began[:] = began or [trio.current_time()]
+        passed_s = trio.current_time() - began[0]
+        upcoming = [at for at in times if at > passed_s]
+        await trio.sleep((upcoming or [300])[0] - passed_s)
+        connection.heard_at = trio.current_time()
+        if upcoming:
+            raise ConnectionLostError(f"cut {len(times) - len(upcoming) + 1}")
+        return "done"
+
+    return work
+
+
+async def test_breaks_that_follow_soon_are_summed_up_and_none_is_lost(
+    caplog: pytest.LogCaptureFixture, autojump_clock: MockClock
+) -> None:
+    del autojump_clock
+    story = Story(FakeLink(lambda _: True))
+    assert await story.run(breaks_at(1, 11, 21, 31, 200)) == "done"
+    assert caplog.messages == [
+        "cut 1; trying again",
+        "the receiver is reached again, after 0.2 s",
+        "the line broke 3 more times in the last 60 s, away 0.6 s in all (cut 4); going on",
+        "cut 5; trying again",
+        "the receiver is reached again, after 0.2 s",
+    ]
+    assert story.noted == [1] * 5
+    assert (len(story.back_at), story.patience.reconnects) == (5, 5)
+
+
+async def test_an_outage_that_begins_soon_after_another_and_lasts_is_told_in_time(
+    caplog: pytest.LogCaptureFixture, autojump_clock: MockClock
+) -> None:
+    began = autojump_clock.current_time()
+    story = Story(FakeLink(lambda now: not 20 <= now - began < 100))
+    assert await story.run(breaks_at(1, 20)) == "done"
+    first, back, summed_up, last = caplog.messages
+    assert (first, back) == ("cut 1; trying again", "the receiver is reached again, after 0.2 s")
+    assert summed_up == (
+        "the line broke once more in the last 60 s, away 41.0 s in all (cannot reach the receiver);"
+        " trying again"
+    )
+    assert last.startswith("the receiver is reached again, after 8")
+
+
+@pytest.mark.parametrize("limit_s", [120, math.inf])
+async def test_what_is_not_told_when_a_push_ends_is_told_by_the_last_or_with_the_next(
+    limit_s: float, caplog: pytest.LogCaptureFixture, autojump_clock: MockClock
+) -> None:
+    del autojump_clock
+    story = Story(FakeLink(lambda _: True), limit_s)
+    cuts = iter([True, True, False])
+
+    async def work(_: object) -> str:
+        await trio.sleep(1)
+        if next(cuts):
+            raise ConnectionLostError("cut")
+        return "done"
+
+    assert await story.run(work) == "done"
+    missed = "the line broke once more in the last"
+    assert caplog.messages[-1].startswith(missed) is (limit_s != math.inf)
+
+    async def quiet(_: object) -> str:
+        await trio.sleep(100)
+        return "done"
+
+    assert await story.run(quiet) == "done"
+    assert sum(line.startswith(missed) for line in caplog.messages) == 1
+    assert caplog.messages[-1].endswith("(cut); going on")
 
 
 async def test_a_command_does_not_try_a_receiver_that_it_never_reached(

@@ -26,6 +26,7 @@ from replicator.push.plan import (
 from replicator.push.schedule import (
     BACKOFF_MAX_S,
     Pace,
+    Told,
     backoff_s,
     beat_s,
     next_start,
@@ -257,14 +258,15 @@ def test_cycles_that_fall_behind_are_told_now_and_then_and_when_they_keep_up_aga
     pace = Pace(300)
     assert pace.finished(300, 0) is None
     told = pace.finished(340, 1000)
-    assert told == (
-        "cycles fall behind: the last took 340 s, push_interval is 300 s; the next starts at once"
+    assert told == Told(
+        "cycles fall behind: the last took 340 s, push_interval is 300 s; the next starts at once",
+        behind=True,
     )
     assert pace.finished(310, 1310) is None
     assert pace.finished(320, 1599) is None
     assert pace.finished(350, 1600) is not None
-    assert pace.finished(200, 1900) == (
-        "cycles keep up again: the last took 200 s, push_interval is 300 s"
+    assert pace.finished(9.96, 1900) == Told(
+        "cycles keep up again: the last took 10.0 s, push_interval is 300 s", behind=False
     )
     assert pace.finished(200, 2100) is None
 
@@ -273,7 +275,7 @@ def test_cycles_that_are_now_slow_and_now_fast_fill_no_log() -> None:
     pace = Pace(10)
     lines = [pace.finished(20 if n % 2 else 5, n * 10.0) for n in range(3600)]
     # Ten hours, in which each slow one is followed by one that is not.
-    told = [line.partition(":")[0] for line in lines if line is not None]
+    told = [line.text.partition(":")[0] for line in lines if line is not None]
     assert told[:2] == ["cycles fall behind", "cycles keep up again"]
     assert len(told) <= 2 * 60
     assert all(one != two for one, two in pairwise(told))

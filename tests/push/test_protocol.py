@@ -822,6 +822,31 @@ async def land_in_part(rx: ReceiverSite, push: RawPush) -> int:
         return answer.position
 
 
+async def test_data_lands_whatever_comes_behind_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A source that has no more room says nothing but that it lives, and waits for what it sent to land."""
+    monkeypatch.setattr(sessions, "ACK_S", float("inf"))
+    async with seeded(tmp_path / "rx") as rx, raw_source(rx.port) as source:
+        push = cycle(rx)
+        assert isinstance(await source.ask(push.opened), m.Ready)
+        data = sessions._PushSession._data
+
+        async def with_more_behind(self: Any, message: m.Data, *, last: bool) -> None:
+            del last
+            await data(self, message, last=False)
+
+        monkeypatch.setattr(sessions._PushSession, "_data", with_more_behind)
+        await source.data(0, 0, push.stream)
+        await source.say(m.Ping())
+        landed = 0
+        while landed < len(push.stream):
+            answer = await source.hear_any()
+            assert isinstance(answer, m.Landed | m.Pong)
+            if isinstance(answer, m.Landed):
+                landed = answer.position
+
+
 async def test_what_landed_and_was_not_made_durable_is_not_asked_for_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

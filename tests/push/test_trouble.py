@@ -18,10 +18,10 @@ from replicator.credentials import SourceCredentials
 from replicator.domain.model import PushKind
 from replicator.errors import RefusedError, SourceError
 from replicator.push import patience, trouble
-from replicator.push.connection import ConnectionLostError
+from replicator.push.connection import Connection, ConnectionLostError
 from replicator.push.link import Link, _why
 from replicator.push.plan import Want
-from replicator.push.pusher import Pusher
+from replicator.push.pusher import Outcome, Pusher
 from replicator.sources.image import ImageSource
 from tests.limits import HANG_S
 from tests.push.lab import raw_push, raw_source
@@ -115,6 +115,39 @@ async def test_a_push_that_tries_for_ever_is_noted_while_it_tries(
         await trouble.note(sx.log, str(sx.uuid), ConnectionLostError("cut"), found.at_us + 1, 5)
         later = await trouble.load(sx.log, str(sx.uuid))
         assert later == trouble.Trouble(found.since_us, found.at_us + 1, "cut", 8)
+
+
+async def test_a_push_that_goes_on_after_a_break_says_when_and_the_newest_break_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with sites(tmp_path) as (_, sx):
+        await sx.push(Want.RUN)
+        monkeypatch.setattr(patience, "pause_s", lambda *_: 0.0)
+        seen: list[trouble.Trouble | None] = []
+        session = sx.pusher._session
+
+        async def cut(connection: Connection, want: Want) -> Outcome:
+            seen.append(await trouble.load(sx.log, str(sx.uuid)))
+            if len(seen) < 3:
+                raise ConnectionLostError(f"cut {len(seen)}")
+            return await session(connection, want)
+
+        monkeypatch.setattr(sx.pusher, "_session", cut)
+        await sx.push(Want.RUN)
+        before, first, second = seen
+        assert before is None
+        assert first is not None
+        assert second is not None
+        assert (first.reason, first.failures) == ("cut 1", 1)
+        assert (second.reason, second.failures) == ("cut 2", 2)
+        assert first.back_us is not None
+        assert second.back_us is not None
+        assert first.at_us <= first.back_us <= second.at_us <= second.back_us
+        # A later attempt that fails is not one that went on.
+        await trouble.note(sx.log, str(sx.uuid), ConnectionLostError("cut"), 5)
+        await trouble.went_on(sx.log, str(sx.uuid), 6)
+        await trouble.note(sx.log, str(sx.uuid), ConnectionLostError("again"), 7)
+        assert await trouble.load(sx.log, str(sx.uuid)) == trouble.Trouble(5, 7, "again", 2)
 
 
 async def test_a_source_that_cannot_be_asked_is_noted_too(

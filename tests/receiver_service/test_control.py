@@ -19,6 +19,8 @@ from replicator.control.metrics import Live, Metrics
 from replicator.control.server import NotFoundError, Page
 from replicator.domain import model
 from replicator.errors import RefusedError, UsageError
+from replicator.wire import messages as m
+from tests.push.lab import raw_push, raw_source
 from tests.sites import receiver_site, source_site
 
 
@@ -59,6 +61,33 @@ async def test_status_points_and_history(tmp_path: Path) -> None:
         assert {"registered", "seed-committed", "cycle-committed", "delta-applied"} == set(kinds)
         (some,) = await ask(api, "GET", "/v1/vms/web/history?after=1&limit=2")
         assert some["events"] == all_["events"][1:3]
+
+
+async def test_status_shows_what_has_come_of_a_push_that_is_landing(tmp_path: Path) -> None:
+    async with receiver_site(tmp_path / "rx") as rx, trio.open_nursery() as nursery:
+        clones = CloneManager(rx.config, rx.log, rx.stores, nursery)
+        api = ControlApi(rx.log, rx.stores, clones, tmp_path, Metrics(rx.log, Live()))
+        push = raw_push(random.Random(2).randbytes(300_000))
+
+        async def shown() -> dict[str, Any] | None:
+            (status,) = await ask(api, "GET", "/v1/status")
+            found: dict[str, Any] | None = status["vms"][0]["push"]
+            return found
+
+        async with raw_source(rx.port) as source:
+            assert isinstance(await source.ask(push.opened), m.Ready)
+            before = await shown()
+            assert before is not None
+            assert (before["point"], before["kind"], before["received"]) == (1, "seed", 0)
+            await source.data(0, 0, push.stream[:200_000])
+            while not isinstance(await source.hear_any(), m.Landed):
+                pass
+            after = await shown()
+            assert after == {**before, "received": 200_000}
+            await source.data(0, 200_000, push.stream[200_000:])
+            assert isinstance(await source.ask(push.finish), m.Committed)
+            assert await shown() is None
+        nursery.cancel_scope.cancel()
 
 
 async def test_history_is_the_newest_unless_it_is_paged(tmp_path: Path) -> None:

@@ -11,6 +11,12 @@ from tests.lab_qemu import StorageDaemon
 from tests.sources.conformance import GRAIN
 
 
+def own_server(daemon: StorageDaemon, work: str = "work") -> QemuSource:
+    """A source that is told of no NBD server, with a working directory of this name."""
+    path = daemon.root / work
+    return QemuSource(daemon.qmp_socket, path, name="vm", grain=GRAIN, scratch_free_min=1)
+
+
 class QemuLab:
     tracks = True
     live = True

@@ -6,6 +6,7 @@ that come.
 from __future__ import annotations
 
 import resource
+import shutil
 import signal
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +19,7 @@ from replicator.nbd.protocol import NbdError
 from replicator.sources import qemu
 from replicator.sources.base import HeldSnapshot, SnapshotName
 from replicator.sources.qemu import QemuSource
-from tests.lab_qemu import StorageDaemon, storage_daemon
+from tests.lab_qemu import storage_daemon
 from tests.sources.conformance import (
     GRAIN,
     assert_changes,
@@ -30,7 +31,7 @@ from tests.sources.conformance import (
     listed,
     pattern,
 )
-from tests.sources.qemu_lab import QemuLab
+from tests.sources.qemu_lab import QemuLab, own_server
 
 
 async def assert_lost(lab: QemuLab, reference: str, words: str) -> None:
@@ -219,12 +220,6 @@ async def test_qemu_fails_the_guest_when_scratch_space_ends() -> None:
             await lab.write("disk-a", 0, pattern("guest", 4096))
 
 
-def own_server(daemon: StorageDaemon) -> QemuSource:
-    """A source that is told of no NBD server."""
-    work = daemon.root / "work"
-    return QemuSource(daemon.qmp_socket, work, name="vm", grain=GRAIN, scratch_free_min=1)
-
-
 async def test_an_nbd_server_of_our_own_comes_and_goes() -> None:
     async with storage_daemon(QemuLab.SIZES, nbd_server=False) as daemon:
         expected = {disk: daemon.image(disk).read_bytes() for disk in daemon.disks}
@@ -250,7 +245,7 @@ async def test_an_nbd_server_that_a_dead_process_of_ours_started_is_used() -> No
         await (await source.take(SnapshotName("p1", None))).aclose()
         async with daemon.qmp() as qmp:
             for index in range(2):
-                await qmp.execute("block-export-del", id=f"replctl-p1-{index}", mode="hard")
+                await qmp.execute("block-export-del", id=f"replctl-p1-{index}-own", mode="hard")
         with pytest.raises(SnapshotGoneError, match="not exported"):
             await own_server(daemon).reopen(SnapshotName("p1", None))
         snapshot = await own_server(daemon).take(SnapshotName("p1", None))
@@ -260,12 +255,62 @@ async def test_an_nbd_server_that_a_dead_process_of_ours_started_is_used() -> No
 
 async def test_a_foreign_nbd_server_must_be_named() -> None:
     async with storage_daemon(QemuLab.SIZES) as daemon:
-        with pytest.raises(SourceError, match="qemu_nbd_socket"):
+        with pytest.raises(SourceError, match=r"qemu_nbd_socket or, .* nbd-server-stop"):
             await own_server(daemon).take(SnapshotName("p1", None))
         await own_server(daemon).abandon(SnapshotName("p1", None))
         assert await daemon.leftovers() == []
         # The server of others was left alone.
         async with open_nbd(daemon.nbd_socket, "disk-a") as client:
+            assert client.size == daemon.disks["disk-a"]
+
+
+@pytest.mark.parametrize("lost", ["the same directory, emptied", "another directory"])
+async def test_our_nbd_server_is_known_without_the_state_that_started_it(lost: str) -> None:
+    """A push was killed while it read, and nothing tells of it but what is in QEMU."""
+    async with storage_daemon(QemuLab.SIZES, nbd_server=False) as daemon:
+        expected = {disk: daemon.image(disk).read_bytes() for disk in daemon.disks}
+        killed = await own_server(daemon).take(SnapshotName("p1", None))
+        heir = own_server(daemon, "work-2")
+        if lost == "the same directory, emptied":
+            heir = own_server(daemon)
+            shutil.rmtree(daemon.root / "work")
+        await heir.sweep(None, None)
+        assert await daemon.leftovers() == []
+        name = SnapshotName("p2", None)
+        snapshot = await heir.take(name)
+        await assert_full(snapshot, expected)
+        await snapshot.aclose()
+        await killed.aclose()
+        await heir.confirm(name)
+
+
+async def test_an_nbd_server_that_was_named_once_is_not_taken_for_ours() -> None:
+    """Our exports alone are on it, but it is not we who started it."""
+    async with storage_daemon(QemuLab.SIZES, nbd_server=False) as daemon:
+        address = {"type": "unix", "data": {"path": str(daemon.nbd_socket)}}
+        async with daemon.qmp() as qmp:
+            await qmp.execute("nbd-server-start", addr=address)
+        named = QemuLab(daemon).source()
+        await (await named.take(SnapshotName("p1", None))).aclose()
+        unnamed = own_server(daemon, "work-2")
+        await unnamed.sweep(None, None)
+        with pytest.raises(SourceError, match=r"qemu_nbd_socket or, .* nbd-server-stop"):
+            await unnamed.take(SnapshotName("p2", None))
+        await unnamed.abandon(SnapshotName("p2", None))
+        assert await daemon.leftovers() == []
+        # It serves whoever named it as before.
+        await (await named.take(SnapshotName("p3", None))).aclose()
+
+
+async def test_our_nbd_server_stays_while_it_serves_others() -> None:
+    async with storage_daemon(QemuLab.SIZES, nbd_server=False) as daemon:
+        await (await own_server(daemon).take(SnapshotName("p1", None))).aclose()
+        async with daemon.qmp() as qmp:
+            await qmp.execute("block-export-add", type="nbd", id="theirs", node_name="disk-a")
+        await own_server(daemon, "work-2").sweep(None, None)
+        assert await daemon.leftovers() == []
+        (socket,) = (daemon.root / "work").glob("qemu-*.sock")
+        async with open_nbd(socket, "disk-a") as client:
             assert client.size == daemon.disks["disk-a"]
 
 

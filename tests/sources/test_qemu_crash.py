@@ -5,17 +5,20 @@ each file step.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
 
 from replicator import durable
+from replicator.errors import SourceError
 from replicator.sources.base import SnapshotName
+from replicator.sources.qemu_inventory import take_inventory
 from replicator.sources.qmp import QmpClient
-from tests.lab_qemu import storage_daemon
+from tests.lab_qemu import StorageDaemon, storage_daemon
 from tests.sources.conformance import GRAIN, assert_changes, change, commit, contents, fill
-from tests.sources.qemu_lab import QemuLab
+from tests.sources.qemu_lab import QemuLab, own_server
 
 
 class KilledError(BaseException):
@@ -151,3 +154,81 @@ async def end(lab: QemuLab, operation: str, name: SnapshotName) -> None:
         await source.abandon(name)
     else:
         await source.sweep(None, name.reference)
+
+
+async def test_killed_in_take_and_the_state_is_lost(killer: Killer) -> None:
+    """QEMU's only NBD server was started by a process that left nothing but what is in QEMU."""
+    unknown = 0
+    async with storage_daemon(SIZES, nbd_server=False) as daemon:
+        for step in range(1000):
+            killer.arm(step)
+            finished = False
+            try:
+                await (await own_server(daemon).take(SnapshotName(f"p{step}", None))).aclose()
+                finished = True
+            except KilledError:
+                pass
+            finally:
+                killer.disarm()
+            started = any((daemon.root / "work").glob("qemu-*.sock"))
+            tells = bool(await exported(daemon))
+            lose_state(daemon)
+            await own_server(daemon).sweep(None, None)
+            if started and not tells:
+                unknown += 1
+                refused = SnapshotName(f"q{step}", None)
+                with pytest.raises(SourceError, match="nbd-server-stop over QMP"):
+                    await own_server(daemon).take(refused)
+                await own_server(daemon).abandon(refused)
+                async with daemon.qmp() as qmp:
+                    await qmp.execute("nbd-server-stop")
+            await assert_taken_again(daemon, f"r{step}")
+            if finished:
+                assert step > LEAST_STEPS
+                # The server's start, the instant, and the first export: nothing tells before.
+                assert unknown <= 5
+                return
+    pytest.fail("take never came to its end")
+
+
+async def test_killed_in_the_sweep_after_the_state_was_lost(killer: Killer) -> None:
+    """Our NBD server goes with the last export that tells whose it is: no kill leaves it alone."""
+    async with storage_daemon(SIZES, nbd_server=False) as daemon:
+        for step in range(1000):
+            await (await own_server(daemon).take(SnapshotName(f"p{step}", None))).aclose()
+            lose_state(daemon)
+            killer.arm(step)
+            finished = False
+            try:
+                await own_server(daemon).sweep(None, None)
+                finished = True
+            except KilledError:
+                pass
+            finally:
+                killer.disarm()
+            await own_server(daemon).sweep(None, None)
+            await assert_taken_again(daemon, f"r{step}")
+            if finished:
+                assert step > LEAST_STEPS
+                return
+    pytest.fail("sweep never came to its end")
+
+
+def lose_state(daemon: StorageDaemon) -> None:
+    shutil.rmtree(daemon.root / "work", ignore_errors=True)
+
+
+async def exported(daemon: StorageDaemon) -> list[str]:
+    async with daemon.qmp() as qmp:
+        exports = (await take_inventory(qmp)).exports
+    return [export for export in exports if export.startswith("replctl-")]
+
+
+async def assert_taken_again(daemon: StorageDaemon, push_id: str) -> None:
+    name = SnapshotName(push_id, None)
+    snapshot = await own_server(daemon).take(name)
+    await snapshot.check()
+    await snapshot.aclose()
+    await own_server(daemon).abandon(name)
+    assert await daemon.leftovers() == []
+    assert list((daemon.root / "work").iterdir()) == []

@@ -137,9 +137,13 @@ async def test_disks_that_cannot_be_used() -> None:
 
 
 def test_names_tell_their_push() -> None:
-    for push_id in ("p", "a-1", "a.b-2-3", "0" * 64):
+    for push_id in ("p", "a-1", "a.b-2-3", "a-1-own", "0" * 64):
         work = Path("/w")
         assert names.push_of_object(names.object_id(push_id, 12)) == push_id
+        for own in (True, False):
+            export = names.export_id(push_id, 12, own_server=own)
+            assert names.push_of_object(export) == push_id
+            assert names.tells_own_server(export) is own
         assert names.push_of_bitmap(names.bitmap_name(push_id)) == push_id
         assert len(names.node_name(push_id, 9999)) <= 31
         record = names.record_path(work, push_id).name
@@ -150,7 +154,8 @@ def test_names_tell_their_push() -> None:
             f"{record}.new",
         ):
             assert names.push_of_file(file) == push_id
-    for foreign in ("disk", "replctl-x", "xreplctl-p-1"):
+    for foreign in ("disk", "replctl-x", "xreplctl-p-1", "replctl-x-own", "xreplctl-p-1-own"):
         assert names.push_of_object(foreign) is None
+        assert not names.tells_own_server(foreign)
     for foreign in ("qemu-1.sock", "replctl-p.qcow2", "notes.json"):
         assert names.push_of_file(foreign) is None

@@ -336,7 +336,8 @@ def main() -> int:
     try:
         forwarder = Forwarder(options)
     except OSError as error:
-        say({"error": error.strerror or str(error)})
+        what = error.strerror or str(error)
+        say({"error": f"{error.filename}: {what}" if error.filename else what})
         return 1
     try:
         forwarder.run()

@@ -21,7 +21,11 @@ from tests.limits import HANG_S
 from tests.wan.lab import ROOT, Wan
 
 PORT: Final = 9848
-_REPLCTL: Final = (sys.executable, "-c", "from replicator.cli.main import main; main()")
+_REPLCTL: Final = (
+    sys.executable,
+    "-c",
+    "import sys; from replicator.cli.main import main; sys.exit(main())",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +34,6 @@ class WanSite:
 
     line: Wan
     folder: Path
-    token: str
 
     async def push(self, command: str, *options: str) -> dict[str, Any]:
         """`replctl seed` or `replctl push` to its end: its JSON. Raises RuntimeError with its errors if it fails."""
@@ -56,19 +59,13 @@ class WanSite:
         """What the source's commands have said."""
         return (self.folder / "source.log").read_text("utf-8")
 
-    @property
-    def receiver_log(self) -> str:
-        """What the receiver has said."""
-        return (self.folder / "receiver.log").read_text("utf-8")
-
 
 @asynccontextmanager
 async def wan_site(
     line: Wan, folder: Path, disks: Mapping[str, Path], **options: str
 ) -> AsyncIterator[WanSite]:
     """A receiver with its state in ``folder``/receiver, stopped in order at the end, and a source of images."""
-    token = secrets.token_hex(32)
-    common = {"dr_auth_token": token, "dr_port": str(PORT)}
+    common = {"dr_auth_token": secrets.token_hex(32), "dr_port": str(PORT)}
     images = ",".join(f"{name}={path}" for name, path in disks.items())
     source = {"source": "image", "image_disks": images, "vm": "web"}
     for side, values in (
@@ -81,7 +78,7 @@ async def wan_site(
         lines = {"state_dir": str(folder / side), **common, **values}
         config.write_text("".join(f"{key} = {value}\n" for key, value in lines.items()), "utf-8")
     async with _receiver(line, folder):
-        yield WanSite(line, folder, token)
+        yield WanSite(line, folder)
 
 
 @asynccontextmanager

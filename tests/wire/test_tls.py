@@ -530,14 +530,14 @@ REFUSED: dict[str, tuple[Any, Any, str, tuple[Any, str], tuple[Any, str]]] = {
         source_side,
         receiver_side,
         "127.0.0.2",
-        (AuthenticationError, "does not name dr_host: IP address mismatch, certificate is not valid for '127.0.0.2'"),
+        (AuthenticationError, "does not name dr_host: IP address mismatch, certificate is not valid for '127.0.0.2'; it names 127"),
         (AuthenticationError, "the source refused the certificate of this side (dr_auth_cert)"),
     ),
     "receiver of another name": (
         source_side,
         receiver_side,
         "other.example",
-        (AuthenticationError, "does not name dr_host: Hostname mismatch, certificate is not valid for 'other.example'"),
+        (AuthenticationError, "does not name dr_host: Hostname mismatch, certificate is not valid for 'other.example'; it names 1"),
         (AuthenticationError, "does not name this host as dr_host does there"),
     ),
     "receiver named by its common name only": (
