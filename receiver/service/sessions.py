@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import time
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,6 +15,7 @@ import trio
 from eventsourcing.persistence import PersistenceError
 
 from receiver.service import digests
+from receiver.service.strangers import Strangers
 from receiver.store.admission import PushRefusedHereError
 from receiver.store.landing import Landing, StreamMismatchError
 from receiver.store.stores import Stores
@@ -109,6 +111,7 @@ class PushServer:
         self.beat_s = beat_s(timeout_s)
         self._stores = stores
         self._credentials = credentials
+        self._log_of_strangers = Strangers(_logger)
         #: Connections that have not proved a key yet, the oldest first.
         self._strangers: dict[trio.SocketStream, trio.CancelScope] = {}
         self._active: dict[UUID, _Claim] = {}
@@ -128,13 +131,14 @@ class PushServer:
         try:
             accepted = await self._authenticate(transport)
         except AuthenticationError as error:
-            _logger.error("%s: %s", host, error)
+            self._log_of_strangers.say(logging.ERROR, host, str(error))
             return
         except (WireError, trio.BrokenResourceError, OSError) as error:
-            _logger.warning("%s: no session: %s", host, error)
+            self._log_of_strangers.say(logging.WARNING, host, f"no session: {error}")
             return
         if accepted is None:
-            _logger.warning("%s: dropped before it proved a key: too many such connections", host)
+            reason = "dropped before it proved a key: too many such connections"
+            self._log_of_strangers.say(logging.WARNING, host, reason)
             return
         stream, peer = accepted
         async with MessageStream(stream, m.LIMITS) as framed:
@@ -530,6 +534,8 @@ def _refusal(error: Exception, whose: str) -> tuple[m.RefusalCode, str]:
     if isinstance(error, PhcbtError):
         return "damaged-stream", str(error)
     _logger.error("%s: push failed: %s", whose, error)
+    if isinstance(error, PersistenceError) and os.strerror(errno.ENOSPC) in str(error):
+        return "no-room", "there is no room on the receiver for its event log"
     if isinstance(error, DamageError | StateError):
         return "root-mismatch", "what the push is built on is damaged here"
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):

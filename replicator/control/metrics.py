@@ -98,12 +98,17 @@ class _Snapshot:
 
     def _state(self) -> Iterator[Metric]:
         newest = [((label,), vm.newest) for label, vm in self.vms if vm.newest is not None]
+        aged = [
+            ((label,), vm.aged_from_us(vm.newest) / 1e6)
+            for label, vm in self.vms
+            if vm.newest is not None
+        ]
         received = [((label,), vm) for label, vm in self.vms if vm.role == "receiver"]
         yield _gauge(
             "replicator_rpo_age_seconds",
             "Seconds since the newest recovery point was taken at the source.",
             ("vm",),
-            ((key, max(0.0, self.now - point.taken_at_us / 1e6)) for key, point in newest),
+            ((key, max(0.0, self.now - since)) for key, since in aged),
         )
         yield _gauge(
             "replicator_rpo_breached",

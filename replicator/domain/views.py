@@ -115,7 +115,7 @@ def vm_status(
         "state": str(vm.state),
         "epoch": vm.epoch,
         "newest_point": newest.number if newest is not None else None,
-        "rpo_age_s": _age_s(newest, now_us),
+        "rpo_age_s": _age_s(vm, now_us),
         "rpo_target_s": rpo_target_s,
         "rpo_forecast_s": rpo_forecast_s,
         "last_cycle": _last_cycle(newest),
@@ -208,11 +208,11 @@ def _doubts(vm: ProtectedVm) -> list[str]:
     return found
 
 
-def _age_s(newest: Point | None, now_us: int) -> float | None:
-    if newest is None:
+def _age_s(vm: ProtectedVm, now_us: int) -> float | None:
+    if vm.newest is None:
         return None
     # Two clocks: the source's took the point. Ahead of ours by a little must not read as a negative age.
-    return max(0, now_us - newest.taken_at_us) / 1_000_000
+    return max(0, now_us - vm.aged_from_us(vm.newest)) / 1_000_000
 
 
 def _last_cycle(newest: Point | None) -> dict[str, Any] | None:

@@ -374,7 +374,7 @@ class ProtectedVm(Aggregate):
         self.abandoned = None
         if (
             self.breach is not None
-            and _age_us(point, point.committed_at_us) <= self.breach.target_s * 1_000_000
+            and point.committed_at_us - self.aged_from_us(point) <= self.breach.target_s * 1_000_000
         ):
             self.breach = None
         self.doubtful = self.doubtful.intersection(self.points)
@@ -468,7 +468,17 @@ class ProtectedVm(Aggregate):
         expected = self.state in (State.PROTECTED, State.TESTING)
         if self.newest is None or self.breach is not None or not expected:
             return None
-        return self.newest.taken_at_us + target_s * 1_000_000
+        return self.aged_from_us(self.newest) + target_s * 1_000_000
+
+    def aged_from_us(self, point: Point) -> int:
+        """What a point's age counts from, in microseconds since the epoch.
+
+        The source's clock took it. On the receiver it cannot be younger than its commit by the receiver's own: a source whose
+        clock is ahead must not hide that nothing comes any more.
+        """
+        if self.role == "receiver":
+            return min(point.taken_at_us, point.committed_at_us)
+        return point.taken_at_us
 
     def breach_rpo(self, target_s: int, now_us: int) -> None:
         """Record that the newest point is older than ``target_s`` seconds at ``now_us``, once for each time that it comes to be."""
@@ -476,7 +486,7 @@ class ProtectedVm(Aggregate):
         if due_us is None or now_us <= due_us:
             return
         assert self.newest is not None
-        age_s = _age_us(self.newest, now_us) // 1_000_000
+        age_s = (now_us - self.aged_from_us(self.newest)) // 1_000_000
         breach = RpoBreach(self.newest.number, age_s, target_s, due_us)
         self.trigger_event(self.RpoBreached, breach=plain(breach))
 
@@ -540,10 +550,6 @@ class ProtectedVm(Aggregate):
     def disk_names(self) -> dict[str, str]:
         """Disk name by identity, of the newest point."""
         return {disk.identity: disk.disk for disk in self.newest.disks} if self.newest else {}
-
-
-def _age_us(point: Point, now_us: int) -> int:
-    return now_us - point.taken_at_us
 
 
 def time_us(stamp: datetime) -> int:

@@ -279,3 +279,16 @@ def test_cycles_that_are_now_slow_and_now_fast_fill_no_log() -> None:
     assert told[:2] == ["cycles fall behind", "cycles keep up again"]
     assert len(told) <= 2 * 60
     assert all(one != two for one, two in pairwise(told))
+
+
+def test_a_push_that_was_given_up_is_no_point_that_this_side_pushed() -> None:
+    """Else a second source of a VM would only have to fail often enough to take it over."""
+    theirs = PointRef(5, P3.root, "9" * 16)
+    local = Local(None, 1, None, last=7, committed=0, given_up="8" * 16)
+    for want in (Want.RUN, Want.PUSH):
+        action = plan(local, VmState(theirs, 1, None), want)
+        assert isinstance(action, Refuse)
+        assert "never pushed" in action.reason
+    # Ours after all: the receiver committed it, and this side could not follow.
+    ours = PointRef(5, P3.root, "8" * 16)
+    assert not isinstance(plan(local, VmState(ours, 1, None), Want.RUN), Refuse)

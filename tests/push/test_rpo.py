@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 from uuid import UUID
 
+import msgspec
 import pytest
 import trio
 import trio.testing
@@ -20,7 +21,7 @@ from hypothesis import strategies as st
 
 from replicator.config import check
 from replicator.domain.model import Point, PushKind, RpoBreach
-from replicator.domain.views import event_info, warnings
+from replicator.domain.views import event_info, vm_status, warnings
 from replicator.domain.vm import ProtectedVm
 from replicator.log import EventLog, open_log
 from replicator.push import rpo
@@ -187,6 +188,20 @@ def test_a_breach_is_recorded_once_and_ended_by_a_point_that_is_young_enough() -
     vm.commit(point(3, 7000, took_s=600))
     assert warnings(vm) == []
     assert vm.breach_due_us(600) == T0 + 7600 * S
+
+
+def test_a_source_whose_clock_is_ahead_hides_no_breach_on_the_receiver() -> None:
+    """Its points are from tomorrow; that none comes any more is known from when the last one came."""
+    ahead = msgspec.structs.replace(
+        point(1, 0, kind=PushKind.SEED), taken_at_us=T0 + 90_000 * S, committed_at_us=T0 + 5 * S
+    )
+    for role, due_us in (("receiver", T0 + 605 * S), ("source", T0 + 90_600 * S)):
+        vm = protected(ahead, role=role)
+        assert vm.breach_due_us(600) == due_us
+        vm.breach_rpo(600, due_us + 1)
+        assert vm.breach is not None
+        assert vm.breach.age_s == 600
+    assert vm_status(protected(ahead, role="receiver"), T0 + 65 * S)["rpo_age_s"] == 60
 
 
 def test_a_vm_that_is_not_pushed_is_not_in_breach() -> None:
