@@ -89,8 +89,6 @@ def _entries(pairs: int) -> list[Entry]:
         Ours("HMAC", "off"),
         Ours("mTLS", "off"),
         Convert(tls=False),
-        Convert(tls=True),
-        Backup(),
         Btrfs(),
         Rsync(),
         Zstd(),
@@ -101,6 +99,8 @@ def _entries(pairs: int) -> list[Entry]:
         Ours("mTLS", "1"),
         Ours("mTLS", "auto"),
         Ours("AEAD", "auto", command=True),
+        Convert(tls=True),
+        Backup(),
         Borg(),
         Restic(),
     ]

@@ -418,11 +418,11 @@ async def test_an_acknowledgement_of_what_was_not_sent(ack: m.Ack) -> None:
             await source.reply(m.Committed)
 
 
-@pytest.mark.usefixtures("autojump_clock")
 async def test_a_sender_waits_until_what_it_sent_has_landed(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
 ) -> None:
     """However much may be unacknowledged: what is on its way is what a broken line costs."""
+    del autojump_clock
     monkeypatch.setattr(connection, "ON_THE_WAY_MAX", 100)
     async with session() as (source, receiver, nursery):
         source.begin((0, 0), chunk=10)

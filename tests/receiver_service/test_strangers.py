@@ -15,10 +15,10 @@ from receiver.service.strangers import EVERY_S, Strangers
 LOGGER = logging.getLogger("strangers.test")
 
 
-@pytest.mark.usefixtures("autojump_clock")
 async def test_an_address_is_told_once_a_minute_with_a_count(
-    caplog: pytest.LogCaptureFixture,
+    caplog: pytest.LogCaptureFixture, autojump_clock: trio.testing.MockClock
 ) -> None:
+    del autojump_clock
     log = Strangers(LOGGER)
     for _ in range(1000):
         log.say(logging.WARNING, "192.0.2.1", "no session")
@@ -35,10 +35,12 @@ async def test_an_address_is_told_once_a_minute_with_a_count(
     ]
 
 
-@pytest.mark.usefixtures("autojump_clock")
 async def test_many_addresses_are_counted_together(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    autojump_clock: trio.testing.MockClock,
 ) -> None:
+    del autojump_clock
     monkeypatch.setattr(strangers, "_ADDRESSES_MAX", 3)
     log = Strangers(LOGGER)
     for number in range(100):
