@@ -357,6 +357,7 @@ async def test_a_receiver_that_lives_and_does_nothing(
 ) -> None:
     """Signs of life are no answer: after a long time, which is a short one here, it is taken for a broken line."""
     monkeypatch.setattr(connection, "STUCK_S", 0.2)
+    monkeypatch.setattr(connection, "STUCK_LANDING_S", 0.2)
     content = CONTENT if where != "data" else random.Random(9).randbytes(12 * MIB)
 
     async def script(session: FakeSession) -> None:
