@@ -63,6 +63,8 @@ def make_context(
     context.verify_mode = ssl.CERT_REQUIRED
     # What stands in dr_ca_cert is trusted, also where it is an intermediate authority without its root.
     context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+    # Some releases of Python set it: a cut would then look like an end.
+    context.options &= ~ssl.OP_IGNORE_UNEXPECTED_EOF
     context.set_alpn_protocols([ALPN])
     if server_side:
         context.num_tickets = (

@@ -17,7 +17,11 @@ _FAILED: Final = "TLS verification failed: "
 
 def is_eof(error: ssl.SSLError) -> bool:
     """Whether the bytes ended without TLS's close."""
-    return isinstance(error, ssl.SSLEOFError | ssl.SSLZeroReturnError)
+    # Python 3.11.2 has no class of its own for it.
+    return (
+        isinstance(error, ssl.SSLEOFError | ssl.SSLZeroReturnError)
+        or error.reason == "UNEXPECTED_EOF_WHILE_READING"
+    )
 
 
 def reason(error: ssl.SSLError) -> str:

@@ -19,6 +19,7 @@ import trio
 import trio.testing
 import zstandard
 
+from receiver.service import strangers
 from replicator.domain.model import PushKind
 from replicator.phcbt import StreamHeader
 from replicator.phcbt.format import Codec, Kind, RecordHead, header_length
@@ -641,7 +642,7 @@ async def test_a_flood_of_doubts_is_one_event(tmp_path: Path) -> None:
 
 
 async def test_bytes_that_are_no_handshake(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever comes first, and however it goes on: one line with the host, and the next is served."""
     noise = random.Random(4)
@@ -654,6 +655,7 @@ async def test_bytes_that_are_no_handshake(
         b"\x80",
         b"",
     ]
+    monkeypatch.setattr(strangers, "EVERY_S", 0.0)  # each of them has its line
     async with receiver_site(tmp_path / "rx", dr_timeout="600") as rx:
         before = await state_of(rx)
         for start in starts:
