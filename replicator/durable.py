@@ -98,7 +98,11 @@ class DurableFile:
 
     def _write(self, view: memoryview, offset: int) -> None:
         while view:
-            written = os.pwrite(self.fd, view, offset)
+            try:
+                written = os.pwrite(self.fd, view, offset)
+            except OSError as error:
+                # An operator has to know which file system is full.
+                raise OSError(error.errno, error.strerror, self.path) from error
             if written == 0:
                 raise OSError(errno.EIO, "nothing was written", self.path)
             view = view[written:]
@@ -133,7 +137,10 @@ class DurableFile:
     def sync(self) -> None:
         """Make everything written so far survive a power cut (fdatasync)."""
         observe("fsync", self.path)
-        os.fdatasync(self.fd)
+        try:
+            os.fdatasync(self.fd)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, self.path) from error
 
     def close(self) -> None:
         """Close the descriptor; calling it again does nothing."""

@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -123,6 +124,25 @@ def test_a_write_of_nothing_is_an_error_and_not_a_loop(
         pytest.raises(OSError, match="nothing was written"),
     ):
         file.write_at(b"x", 0)
+
+
+@pytest.mark.parametrize("call", ["pwrite", "fdatasync"])
+def test_what_cannot_be_written_names_its_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    """Who reads that the disk is full has to know which."""
+
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    path = tmp_path / "file"
+    with DurableFile(path, create=True) as file:
+        monkeypatch.setattr(os, call, full)
+        act = partial(file.write_at, b"x", 0) if call == "pwrite" else file.sync
+        with pytest.raises(OSError, match="No space left on device") as caught:
+            act()
+    assert caught.value.errno == errno.ENOSPC
+    assert caught.value.filename == str(path)
 
 
 def test_read_at_goes_on_after_short_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
