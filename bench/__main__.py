@@ -16,7 +16,7 @@ import trio
 
 from bench.report import Result
 
-NAMES = ("seed", "cycle", "transport", "memory", "wan", "eventstore", "month")
+NAMES = ("seed", "cycle", "transport", "memory", "wan", "eventstore", "month", "iscsi")
 PAIRS = 5
 
 
