@@ -16,7 +16,7 @@ import trio
 
 from bench.report import Result
 
-NAMES = ("seed", "cycle", "transport", "memory", "wan", "eventstore", "month", "iscsi")
+NAMES = ("seed", "cycle", "transport", "memory", "wan", "eventstore", "month", "iscsi", "nutanix")
 PAIRS = 5
 
 

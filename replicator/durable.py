@@ -175,7 +175,11 @@ def make_dir(path: StrPath) -> None:
     parent = os.path.dirname(path) or "."
     if not os.path.isdir(path):
         observe("mkdir", path)
-        os.mkdir(path, 0o700)
+        try:
+            os.mkdir(path, 0o700)
+        except FileExistsError:
+            if not os.path.isdir(path):  # else another thread was faster
+                raise
     elif not os.access(parent, os.R_OK | os.W_OK):
         return  # not made by us, so there is nothing of ours to make durable
     # Also when it was there: a crash may have come between the two steps last time.

@@ -3,6 +3,8 @@
 
 Everything that a user would run is run as they would run it: the commands with configuration files, each its own
 process. What the demo itself does is play the VM's user (files written in the guest) and the auditor (fsck, SHA-256).
+By default the VM runs on the first of two simulated Nutanix clusters and the receiver stands beside the second; with
+`--source qemu` it is a VM of QEMU alone.
 """
 
 from __future__ import annotations
@@ -72,16 +74,19 @@ class Report:
 
 
 class Demo:
-    """One run, in a folder of its own."""
+    """One run, in a folder of its own. ``nutanix``: the VM is on a simulated cluster."""
 
-    def __init__(self, folder: Path, report: Report) -> None:
+    def __init__(self, folder: Path, report: Report, *, nutanix: bool) -> None:
         self.folder = folder
         self.report = report
+        self.nutanix = nutanix
+        self.prism = folder / "prism"
         self.boot, self.data = folder / "boot.raw", folder / "data.raw"
         self.tree = folder / "tree"
         self.receiver_conf, self.source_conf = folder / "receiver.conf", folder / "source.conf"
         self.state = folder / "receiver"
         self.qmp = folder / "qmp"
+        self.password = os.urandom(12).hex()
         self.expected: dict[str, str] = {}
         self.summary: dict[str, Any] = {}
 
@@ -140,13 +145,77 @@ class Demo:
             port = probe.getsockname()[1]
         common = f"dr_auth_token = {token}\ndr_port = {port}\n"
         receiver = f"state_dir = {self.state}\ndr_listen = 127.0.0.1\ndr_restore_points = 5\n"
-        source = (
-            f"state_dir = {self.folder / 'source'}\nsource = qemu\nqemu_socket = {self.qmp}\n"
-            f"vm = {VM}\ndr_host = 127.0.0.1\n"
+        source = f"state_dir = {self.folder / 'source'}\nvm = {VM}\ndr_host = 127.0.0.1\n"
+        source += (
+            self.prism_keys() if self.nutanix else f"source = qemu\nqemu_socket = {self.qmp}\n"
         )
         for path, text in ((self.receiver_conf, receiver), (self.source_conf, source)):
             path.touch(mode=0o600)
             path.write_text(common + text)
+
+    def prism_keys(self) -> str:
+        """What the source's configuration says of Prism. More requests a minute than by default: the demo is in a hurry."""
+        world = json.loads((self.prism / "world.json").read_text())
+        passfile = self.folder / "backup.pass"
+        passfile.touch(mode=0o600)
+        passfile.write_text(f"password = {self.password}\n")
+        return (
+            f"source = nutanix\nprism_central = {world['address']}\nprism_ca_cert = {self.prism / 'ca.pem'}\n"
+            f"user = backup\npassfile = {passfile}\ncluster = cluster-a\nprism_rate_rpm = 600\n"
+            "iscsi_initiator = iqn.2026-01.org.example:demo\n"
+        )
+
+    @asynccontextmanager
+    async def cluster(self) -> AsyncIterator[None]:
+        """Two simulated clusters, with the VM and its disks on the first; nothing where the VM is QEMU's alone."""
+        if not self.nutanix:
+            yield
+            return
+        disks = [{"image": str(path)} for path in (self.boot, self.data)]
+        vm = {
+            "name": VM,
+            "disks": disks,
+            "cdrom": True,
+            "tools": False,
+            "qmp": str(self.folder / "freeze"),
+        }
+        scenario = self.folder / "scenario.json"
+        users = [{"name": "backup", "role": "Backup Admin", "password": self.password}]
+        scenario.touch(mode=0o600)
+        scenario.write_text(json.dumps({"vms": [vm], "users": users}))
+        started = time.monotonic()
+        words = ["simulate", "--dir", str(self.prism), "--scenario", str(scenario)]
+        with (self.folder / "prism.log").open("wb") as log:
+            process = await trio.lowlevel.open_process(
+                [REPLCTL, *words], stdout=subprocess.PIPE, stderr=log
+            )
+        try:
+            with trio.move_on_after(60):
+                await process.stdout.receive_some() if process.stdout else None
+            if process.poll() is not None:
+                said = (self.folder / "prism.log").read_text()
+                raise DemoError(f"the simulator does not start: {said[-500:]}")
+            self.report.add(
+                "start two simulated clusters", time.monotonic() - started, f"{VM} is on cluster-a"
+            )
+            yield
+        finally:
+            with trio.CancelScope(shield=True):
+                if process.returncode is None:
+                    process.terminate()
+                with trio.move_on_after(20):
+                    await process.wait()
+                if process.returncode is None:
+                    process.kill()
+                    await process.wait()
+
+    def place_disks(self) -> None:
+        """Where the VM's disks are: the cluster's files, if it is on one."""
+        if self.nutanix:
+            world = json.loads((self.prism / "world.json").read_text())
+            (vm,) = world["vms"].values()
+            files = [d["backing"] for d in vm["disks"] if not d["cdrom"]]
+            self.boot, self.data = (self.prism / "disks" / f"{name}.raw" for name in files)
 
     def make_disks(self) -> None:
         """A disk that boots, and one with an ext4 file system full of files."""
@@ -158,6 +227,9 @@ class Demo:
     def qemu_disks(self) -> list[str]:
         """QEMU's arguments: both disks as named nodes, and the control socket."""
         words = ["-qmp", f"unix:{self.qmp},server=on,wait=off", "-name", VM]
+        words += (
+            ["-qmp", f"unix:{self.folder / 'freeze'},server=on,wait=off"] if self.nutanix else []
+        )
         for node, path in (("system", self.boot), ("data", self.data)):
             file = f"file.driver=file,file.filename={path},file.discard=unmap"
             words += ["-blockdev", f"driver=raw,node-name={node},discard=unmap,{file}"]
@@ -170,21 +242,51 @@ class Demo:
         """All of it. Raises DemoError, GuestError."""
         started = time.monotonic()
         await trio.to_thread.run_sync(self.make_disks)
-        self.write_configuration()
         size = f"2 disks of 1 GiB, {len(self.expected)} files on ext4"
         self.report.add("make the VM's disks", time.monotonic() - started, size)
-        async with self.receiver() as first:
-            started = time.monotonic()
-            async with running_guest(self.qemu_disks()) as vm:
-                await vm.run("mount /dev/vdb /mnt")
-                self.report.add(
-                    "boot the VM", time.monotonic() - started, "it runs, its data disk is mounted"
-                )
-                await self.seed_and_cycle(vm)
-                await self.cycle_over_a_crash(vm, first)
+        async with self.cluster():
+            self.place_disks()
+            self.write_configuration()
+            async with self.receiver() as first:
+                started = time.monotonic()
+                async with running_guest(self.qemu_disks()) as vm:
+                    await vm.run("mount /dev/vdb /mnt")
+                    self.report.add(
+                        "boot the VM",
+                        time.monotonic() - started,
+                        "it runs, its data disk is mounted",
+                    )
+                    await self.check_health()
+                    await self.seed_and_cycle(vm)
+                    await self.cycle_over_a_crash(vm, first)
+                await self.check_owned()
         # The source is gone, as on the day it is needed; the second receiver was ended by the crash test's block.
         async with self.receiver():
             await self.take_an_older_point()
+
+    async def check_health(self) -> None:
+        """What a new user of a cluster does first."""
+        if not self.nutanix:
+            return
+        started = time.monotonic()
+        health = await self.replctl(self.source_conf, "health-check")
+        probes = len(health["probes"])
+        self.report.add("health-check", time.monotonic() - started, f"{probes} probes, ready")
+
+    async def check_owned(self) -> None:
+        """All that is ours on the cluster afterwards: the snapshot that the next cycle starts from."""
+        if not self.nutanix:
+            return
+        started = time.monotonic()
+        owned = await self.replctl(self.source_conf, "owned")
+        self.summary["owned"] = owned
+        found = [each["kind"] for each in owned]
+        check(len(found) == 1, f"{found} are left on the cluster")
+        self.report.add(
+            "what is ours on the cluster",
+            time.monotonic() - started,
+            "the reference snapshot alone",
+        )
 
     async def push(self, step: str, command: str) -> dict[str, Any]:
         """A seed or a cycle, reported."""
@@ -374,10 +476,16 @@ def main() -> int:
         "--json", action="store_true", help="print the steps as JSON instead of a table"
     )
     parser.add_argument("--keep", action="store_true", help="keep the demo's folder")
+    parser.add_argument(
+        "--source",
+        choices=("nutanix", "qemu"),
+        default="nutanix",
+        help="where the VM is: on a simulated Nutanix cluster, or in QEMU alone",
+    )
     options = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="replctl-demo-"))
     report = Report(lambda text: print(text, file=sys.stderr, flush=True))
-    demo = Demo(folder, report)
+    demo = Demo(folder, report, nutanix=options.source == "nutanix")
     started = time.monotonic()
     try:
         trio.run(demo.run)

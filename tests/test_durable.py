@@ -271,6 +271,20 @@ def test_make_dir_leaves_a_parent_alone_that_it_may_not_write(
     assert steps == []
 
 
+def test_make_dir_is_content_where_another_thread_was_faster(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "dir"
+
+    def observe(what: str, _: str) -> None:
+        if what == "mkdir":
+            path.mkdir()
+
+    monkeypatch.setattr(durable, "observe", observe)
+    durable.make_dir(path)
+    assert path.is_dir()
+
+
 def test_make_dir_does_not_take_a_file_for_a_folder(tmp_path: Path) -> None:
     (tmp_path / "dir").write_bytes(b"")
     with pytest.raises(FileExistsError):

@@ -39,6 +39,7 @@ ORDER = (
     "replicator.wire",
     "replicator.addresses",
     "replicator.config",
+    "replicator.private_files",
     "replicator.credentials",
     "replicator.state_dir",
     "replicator.nbd",

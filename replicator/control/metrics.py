@@ -39,6 +39,7 @@ class Live:
     ``throttle_mbps``: the cap, 0 for none. ``reconnects``: by VM, connections made after one that broke. ``expires``: files of
     certificates, and when they expire, seconds since the epoch. ``pushing``: by VM, how much of its disks the push that is under
     way has looked at, from 0 to 1, and the bytes that it has sent. ``shows``: whether a VM of the log is one to speak of.
+    ``prism_errors``: by endpoint, answers of Prism that were errors; ``attach_failures``: disks that could not be attached.
     """
 
     throttle_mbps: Callable[[], int] | None = None
@@ -46,6 +47,8 @@ class Live:
     expires: Callable[[], Iterable[tuple[str, float]]] | None = None
     pushing: Callable[[], Mapping[str, tuple[float, int]]] | None = None
     shows: Callable[[ProtectedVm], bool] = lambda _: True
+    prism_errors: Callable[[], Mapping[str, int]] | None = None
+    attach_failures: Callable[[], int] | None = None
 
 
 class Metrics:
@@ -68,6 +71,8 @@ class Metrics:
             reconnects=None if live.reconnects is None else dict(live.reconnects()),
             expires={} if live.expires is None else _earliest(live.expires()),
             pushing={} if live.pushing is None else dict(live.pushing()),
+            prism_errors=None if live.prism_errors is None else dict(live.prism_errors()),
+            attach_failures=None if live.attach_failures is None else live.attach_failures(),
         )
         return await trio.to_thread.run_sync(_render, snapshot)
 
@@ -89,12 +94,15 @@ class _Snapshot:
     reconnects: dict[str, int] | None
     expires: dict[str, float]
     pushing: dict[str, tuple[float, int]]
+    prism_errors: dict[str, int] | None
+    attach_failures: int | None
 
     def collect(self) -> Iterator[Metric]:
         """See prometheus_client.registry.Collector."""
         yield from self._state()
         yield from self._counters()
         yield from self._process()
+        yield from self._platform()
 
     def _state(self) -> Iterator[Metric]:
         newest = [((label,), vm.newest) for label, vm in self.vms if vm.newest is not None]
@@ -210,6 +218,22 @@ class _Snapshot:
                 "When a certificate expires.",
                 ("file",),
                 (((file,), at) for file, at in self.expires.items()),
+            )
+
+    def _platform(self) -> Iterator[Metric]:
+        if self.prism_errors is not None:
+            yield _counter(
+                "replicator_prism_api_errors",
+                "Requests to Prism that ended in an error; since the process began.",
+                ("endpoint",),
+                (((endpoint,), count) for endpoint, count in self.prism_errors.items()),
+            )
+        if self.attach_failures is not None:
+            yield _counter(
+                "replicator_iscsi_attach_failures",
+                "Disks that could not be attached over iSCSI; since the process began.",
+                (),
+                [((), self.attach_failures)],
             )
 
 

@@ -22,12 +22,12 @@ from replicator.errors import UsageError
 RESET = "reset"
 
 
-#: The name of the VM that is pushed, empty while that is not known, and PushProgress while a push is under way.
-Push = Callable[[], tuple[str, dict[str, Any] | None]]
+#: What is under way, as ``GET /v1/push`` answers (docs/json.md).
+Push = Callable[[], dict[str, Any]]
 
 
-def _nothing() -> tuple[str, None]:
-    return "", None
+def _nothing() -> dict[str, Any]:
+    return {"vm": "", "push": None}
 
 
 class SourceApi:
@@ -48,8 +48,7 @@ class SourceApi:
             case ("GET", "/v1/throttle"):
                 return throttle_status(self._regulator)
             case ("GET", "/v1/push"):
-                vm, push = self._push()
-                return {"vm": vm, "push": push}
+                return self._push()
             case ("POST", "/v1/throttle"):
                 return self._set(body.get("limit"))
             case ("GET", _) if path == PATH:

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from replicator.config import Config
-from replicator.credentials.files import read_file
 from replicator.errors import AuthenticationError, UsageError
+from replicator.private_files import read_file
 from replicator.wire.tls import make_context
 
 if TYPE_CHECKING:

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Final
 
 from replicator.config import Config, is_key_text
-from replicator.credentials.files import read_file
 from replicator.errors import UsageError
+from replicator.private_files import read_file
 from replicator.wire.keys import Keyring, PreSharedKey
 
 _FILE_BYTES_MAX: Final = 8192

@@ -254,6 +254,11 @@ class EventLog:
         found = await self._lane.read(self.store.journal.get, key)
         return None if found is None else msgspec.msgpack.decode(found)
 
+    async def journal_items(self, prefix: str) -> dict[str, Any]:
+        """All entries whose key begins with ``prefix``, by key, as of one moment."""
+        found = await self._lane.read(self.store.journal.items, prefix)
+        return {key: msgspec.msgpack.decode(value) for key, value in found}
+
     async def journal_delete(self, key: str) -> None:
         """The entry is settled; durable on return."""
         await self._lane.commit(self.store.journal.prepare_change({}, (key,)))

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Iterable, Mapping
 
 from replicator.disk import Extent
 from replicator.domain.model import PointDisk, PushKind, next_disk_name
@@ -23,17 +23,14 @@ async def name_disks(
 
     ``scans``: the root that a disk was read to have for a resync, by its identity.
     """
-    names, taken = vm.disk_names(), list(vm.disk_names().values())
+    names = vm.disk_names()
+    all_names = disk_names(names, [disk.identity for disk in snapshot.disks])
     lost = snapshot.lost_tracking is not None
     result: list[EntryDisk] = []
     for disk in snapshot.disks:
-        name = names.get(disk.identity)
-        if name is None:
-            wanted = disk.identity if _is_disk_name(disk.identity) else None
-            name = wanted if wanted and wanted not in taken else next_disk_name(taken)
-            taken.append(name)
-            if vm.newest is not None:
-                _logger.info("%s: %s (%s) is new", vm.name, name, disk.identity)
+        name = all_names[disk.identity]
+        if disk.identity not in names and vm.newest is not None:
+            _logger.info("%s: %s (%s) is new", vm.name, name, disk.identity)
         old = vm.newest.disk(name) if vm.newest and disk.identity in names else None
         size = disk.view.size
         if entry.kind is PushKind.SEED or old is None:
@@ -44,6 +41,17 @@ async def name_disks(
         compare = lost or scan is not None or not await _tracks(disk.view.extents(entry.reference))
         result.append(EntryDisk(name, disk.identity, size, old.since, compare, old.root, scan))
     return tuple(result)
+
+
+def disk_names(known: Mapping[str, str], identities: Iterable[str]) -> dict[str, str]:
+    """``disk-N`` by identity: the ``known`` names, and one for each identity that has none yet, in their order."""
+    names = dict(known)
+    for identity in identities:
+        if identity not in names:
+            taken = list(names.values())
+            wanted = identity if _is_disk_name(identity) else None
+            names[identity] = wanted if wanted and wanted not in taken else next_disk_name(taken)
+    return names
 
 
 def check_size(old: PointDisk, size: int) -> None:
@@ -85,4 +93,4 @@ def _is_disk_name(identity: str) -> bool:
     return identity.startswith("disk-") and identity[5:].isdigit()
 
 
-__all__ = ["check_size", "name_disks", "tell_gone_disks"]
+__all__ = ["check_size", "disk_names", "name_disks", "tell_gone_disks"]

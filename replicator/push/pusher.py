@@ -104,8 +104,11 @@ class Pusher:
         *,
         report: Callable[[Progress], None] = lambda _: None,
         patience_s: float = PATIENCE_S,
+        vm: UUID | None = None,
     ) -> None:
+        """``vm``: which one it is, where this host pushes several; else the source says it."""
         self._config = config
+        self._expected = vm
         self._on_loss = OnLoss(config.on_reference_loss)
         self._log = log
         self._source = source
@@ -182,7 +185,8 @@ class Pusher:
         if want not in _NOTED:
             return
         # A source that cannot be asked does not say which VM it is: it is the one that was pushed from here.
-        vms = [self._vm.vm] if self._vm_id.int else [vm.vm for vm in self._log.vms]
+        known = self._vm_id if self._vm_id.int else self._expected
+        vms = [vm.vm for vm in self._log.vms if known is None or vm.vm == str(known)]
         for vm in vms:
             await _noting(trouble.note(self._log, vm, error, time.time_ns() // 1000, attempts))
 

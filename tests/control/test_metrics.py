@@ -81,6 +81,8 @@ async def test_every_row_is_what_the_log_says(tmp_path: Path) -> None:
             expires=lambda: [("/c.pem", 1.9e9), ("/c.pem", 2e9), ("/ca.pem", 2.5e9)],
             pushing=lambda: {"web": (0.5, 77)},
             shows=lambda vm: vm.name != "wbe",
+            prism_errors=lambda: {"vmm/ahv/config/vms": 2, "config/tasks": 1},
+            attach_failures=lambda: 4,
         )
         await log.register(UUID(int=7), "wbe", "receiver")
         found = parsed(await Metrics(log, live, lambda: taken_s + 90).page())
@@ -113,6 +115,11 @@ async def test_every_row_is_what_the_log_says(tmp_path: Path) -> None:
         "replicator_dr_reconnect_total": {web: 3},
         "replicator_push_progress_ratio": {web: 0.5},
         "replicator_push_sent_bytes": {web: 77},
+        "replicator_prism_api_errors_total": {
+            frozenset({("endpoint", "vmm/ahv/config/vms")}): 2,
+            frozenset({("endpoint", "config/tasks")}): 1,
+        },
+        "replicator_iscsi_attach_failures_total": {frozenset(): 4},
         "replicator_throttle_mbps": {frozenset(): 50},
         "replicator_certificate_expiry_timestamp_seconds": {
             frozenset({("file", "/c.pem")}): 1.9e9,
@@ -129,6 +136,8 @@ async def test_every_metric_is_documented_with_its_labels(tmp_path: Path) -> Non
         reconnects=lambda: {"web": 0},
         expires=lambda: [("/c.pem", 1)],
         pushing=lambda: {"web": (0.0, 0)},
+        prism_errors=lambda: {"config/tasks": 1},
+        attach_failures=lambda: 0,
     )
     async with open_log(tmp_path / "events") as log:
         await fill(log)
@@ -163,6 +172,9 @@ async def test_a_source_shows_nothing_that_only_a_receiver_knows(tmp_path: Path)
     assert "replicator_recovery_points" not in found
     assert "replicator_last_verification_timestamp_seconds" not in found
     assert "replicator_certificate_expiry_timestamp_seconds" not in found
+    # It has no Prism: a counter that can never count says nothing.
+    assert "replicator_prism_api_errors_total" not in found
+    assert "replicator_iscsi_attach_failures_total" not in found
 
 
 async def test_a_clock_that_runs_behind_makes_no_negative_age(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from uuid import UUID
 
 import msgspec
 import pytest
@@ -22,6 +23,7 @@ from replicator.push.connection import Connection, ConnectionLostError
 from replicator.push.link import Link, _why
 from replicator.push.plan import Want
 from replicator.push.pusher import Outcome, Pusher
+from replicator.sources.base import VmIdentity
 from replicator.sources.image import ImageSource
 from tests.limits import HANG_S
 from tests.push.lab import raw_push, raw_source
@@ -84,6 +86,28 @@ async def test_failures_are_counted_until_the_next_point(tmp_path: Path) -> None
         assert await trouble.load(sx.log, str(sx.uuid)) == before
         await sx.push(Want.RUN)
         assert await trouble.load(sx.log, str(sx.uuid)) is None
+
+
+async def test_of_several_vms_what_fails_is_noted_of_the_one_that_was_to_be_pushed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with sites(tmp_path) as (_, sx):
+        await sx.push(Want.RUN)
+        other = await sx.log.register(UUID(int=7), "db", "source")
+
+        async def identify() -> VmIdentity:
+            await trio.lowlevel.checkpoint()
+            raise SourceError("Prism is away")
+
+        monkeypatch.setattr(sx.source, "identify", identify)
+        link = link_of(sx.config)
+        with pytest.raises(SourceError):
+            await Pusher(sx.config, sx.log, sx.source, link, vm=UUID(int=7)).push(Want.RUN)
+        web = next(vm.vm for vm in sx.log.vms if vm.name == "web")
+        assert await trouble.load(sx.log, web) is None
+        found = await trouble.load(sx.log, other.vm)
+        assert found is not None
+        assert found.reason == "Prism is away"
 
 
 async def test_a_push_that_tries_for_ever_is_noted_while_it_tries(

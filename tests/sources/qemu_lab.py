@@ -20,6 +20,7 @@ def own_server(daemon: StorageDaemon, work: str = "work") -> QemuSource:
 class QemuLab:
     tracks = True
     live = True
+    reference_takes_room = False
     SIZES: ClassVar = {"disk-a": 128 * GRAIN, "disk-b": 129 * GRAIN + 512}
 
     def __init__(self, daemon: StorageDaemon) -> None:

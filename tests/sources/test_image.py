@@ -14,6 +14,7 @@ from tests.sources.conformance import CHECKS, GRAIN, Check
 
 class ImageLab:
     tracks = False
+    reference_takes_room = False
     live = False
 
     def __init__(self, root: Path) -> None:

@@ -1,0 +1,429 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""A Full from a simulated Nutanix cluster: against `qemu-img convert` from the same targets, by disks and VMs at once, and what
+one cycle asks of Prism.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, Final
+from uuid import uuid4
+
+import trio
+
+from bench.images import GIB, MIB, noise
+from bench.programs import run as run_program
+from bench.programs import same
+from bench.report import Result, paired_ratio
+from replicator.disk import DiskView
+from replicator.prism.api import Prism
+from replicator.prism.discovery import open_prism
+from replicator.prism.settings import Account, PrismSettings
+from replicator.prism.types import Consistency
+from replicator.sources.base import SnapshotName
+from replicator.sources.nutanix.settings import NutanixSettings
+from replicator.sources.nutanix.site import NutanixSite, make_secrets, open_site
+from replicator.sources.nutanix.source import NutanixSource
+
+PARTS: Final = ("full", "scale", "budget", "start")
+INITIATOR: Final = "iqn.2026-01.org.example:bench"
+PASSWORD: Final = "of-a-simulator"  # noqa: S105 - what it says
+CHUNK: Final = MIB
+_READERS: Final = 8
+LEAST: Final = 0.8
+REQUESTS_MAX: Final = 25
+PRISM_S_MAX: Final = 50
+START_S_MAX: Final = 0.2
+
+
+class Journal:
+    """A ledger's store that is gone with the process."""
+
+    def __init__(self) -> None:
+        self._kept: dict[str, Any] = {}
+
+    async def journal_put(self, key: str, value: Any) -> None:
+        """Keep it."""
+        self._kept[key] = value
+        await trio.lowlevel.checkpoint()
+
+    async def journal_get(self, key: str) -> Any:
+        """What is kept, or None."""
+        await trio.lowlevel.checkpoint()
+        return self._kept.get(key)
+
+    async def journal_delete(self, key: str) -> None:
+        """Keep it no more."""
+        self._kept.pop(key, None)
+        await trio.lowlevel.checkpoint()
+
+    async def journal_items(self, prefix: str) -> dict[str, Any]:
+        """All with keys that begin so."""
+        await trio.lowlevel.checkpoint()
+        return {key: value for key, value in self._kept.items() if key.startswith(prefix)}
+
+
+class Lab:
+    """A simulator in a process of its own, with VMs of noise."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.world: dict[str, Any] = json.loads((folder / "world.json").read_text())
+
+    def vm(self, name: str) -> dict[str, Any]:
+        """A VM as the simulator keeps it."""
+        found: dict[str, Any] = next(v for v in self.world["vms"].values() if v["name"] == name)
+        return found
+
+    def disk_file(self, name: str, index: int) -> Path:
+        """The file with a disk's bytes."""
+        backing = self.vm(name)["disks"][index]["backing"]
+        return self.folder / "disks" / f"{backing}.raw"
+
+    def settings(self, rate_rpm: int = 0) -> PrismSettings:
+        """How to reach it."""
+        return PrismSettings(
+            host=self.world["address"],
+            ca=self.folder / "ca.pem",
+            account=Account("backup", PASSWORD),
+            rate_rpm=rate_rpm,
+            cluster="cluster-a",
+        )
+
+
+@asynccontextmanager
+async def lab(folder: Path, sizes: dict[str, list[int]]) -> AsyncIterator[Lab]:
+    """VMs by name, each with disks of these sizes."""
+    await trio.to_thread.run_sync(lambda: folder.mkdir(parents=True))
+    vms = []
+    for name, disks in sizes.items():
+        images = []
+        for index, size in enumerate(disks):
+            image = await trio.to_thread.run_sync(noise, folder / f"{name}-{index}.raw", size)
+            images.append({"image": str(image.path), "size": size})
+        vms.append({"name": name, "disks": images})
+    users = [{"name": "backup", "role": "Backup Admin", "password": PASSWORD}]
+    scenario = folder / "scenario.json"
+    scenario.write_text(json.dumps({"vms": vms, "users": users}))
+    command = [
+        str(Path(sys.executable).parent / "replctl"),
+        "simulate",
+        "--dir",
+        str(folder / "sim"),
+    ]
+    process = await trio.lowlevel.open_process(
+        [*command, "--scenario", str(scenario)], stdout=subprocess.PIPE
+    )
+    try:
+        assert process.stdout is not None
+        await process.stdout.receive_some()
+        await trio.to_thread.run_sync(_remove_images, folder)
+        yield Lab(folder / "sim")
+    finally:
+        process.terminate()
+        with trio.CancelScope(shield=True):
+            await process.wait()
+
+
+def _remove_images(folder: Path) -> None:
+    for image in folder.glob("*.raw"):
+        image.unlink()
+
+
+@asynccontextmanager
+async def site(
+    lab: Lab, *, concurrent_disks: int = 4, rate_rpm: int = 0
+) -> AsyncIterator[tuple[Prism, NutanixSite]]:
+    """The client, and what sources are made over."""
+    work = lab.folder / "work"
+    work.mkdir(exist_ok=True)
+    settings = NutanixSettings(
+        initiator=INITIATOR, working_dir=work, concurrent_disks=concurrent_disks
+    )
+    async with (
+        open_prism(lab.settings(rate_rpm)) as prism,
+        open_site(prism, Journal(), settings) as found,
+    ):
+        yield prism, found
+
+
+async def copy(view: DiskView, out: Path | None) -> int:
+    """Read a whole disk as a backup does: its extents, a chunk at a time, several in flight. Returns the bytes read."""
+    send, receive = trio.open_memory_channel[tuple[int, int]](_READERS)
+    fd = os.open(out, os.O_WRONLY | os.O_CREAT, 0o600) if out is not None else -1
+    if fd >= 0:
+        os.ftruncate(fd, view.size)
+    total = 0
+
+    async def work(pieces: trio.MemoryReceiveChannel[tuple[int, int]]) -> None:
+        nonlocal total
+        async with pieces:
+            async for offset, length in pieces:
+                data = await view.read(offset, length)
+                total += len(data)
+                if fd >= 0:
+                    await trio.to_thread.run_sync(os.pwrite, fd, data, offset)
+
+    try:
+        async with trio.open_nursery() as nursery, send, receive:
+            for _ in range(_READERS):
+                nursery.start_soon(work, receive.clone())
+            async for extent in view.extents():
+                for at in range(extent.offset, extent.end, CHUNK):
+                    await send.send((at, min(CHUNK, extent.end - at)))
+            await send.aclose()
+            await receive.aclose()
+    finally:
+        if fd >= 0:
+            os.close(fd)
+    return total
+
+
+async def _full(found: NutanixSite, vm: str, out: Path | None, disks: int | None = None) -> int:
+    """Snapshot, read every disk (``disks`` at once), remove everything; the bytes read."""
+    source = NutanixSource(found, vm)
+    name = SnapshotName(uuid4().hex[:16], None)
+    snapshot = await source.take(name)
+    total = 0
+    limit = trio.Semaphore(disks or 16)
+
+    async def one(view: DiskView) -> None:
+        nonlocal total
+        async with limit:
+            total += await copy(view, out)
+
+    try:
+        async with trio.open_nursery() as nursery:
+            for disk in snapshot.disks:
+                nursery.start_soon(one, disk.view)
+    finally:
+        await snapshot.aclose()
+        await source.abandon(name)
+    return total
+
+
+async def _qemu(prism: Prism, vm: str, out: Path, dsip: str) -> float:
+    """Seconds that `qemu-img convert` takes for the first disk, the volume group being there."""
+    found = await prism.vm(vm)
+    snapshot = await prism.create_snapshot(
+        found,
+        f"bench-{uuid4().hex[:8]}",
+        Consistency.CRASH,
+        (time.time_ns() // 1000) + 3_600_000_000,
+        uuid4(),
+    )
+    secrets = make_secrets("one-way")
+    assert secrets is not None
+    group = await prism.create_volume_group(
+        snapshot, snapshot.disks[0], f"bench-{uuid4().hex[:8]}", secrets, uuid4()
+    )
+    attachment = await prism.attach(group, INITIATOR, secrets, uuid4())
+    target = f"iqn.2010-06.com.nutanix:{group.target}-tgt0"
+    source = (
+        f"driver=raw,file.driver=iscsi,file.transport=tcp,file.portal={dsip}:3260,file.target={target},"
+        f"file.lun=1,file.user={INITIATOR},file.password-secret=s,file.initiator-name={INITIATOR}"
+    )
+    started = time.perf_counter()
+    await run_program(
+        ["qemu-img", "convert", "--object", f"secret,id=s,data={secrets.target}", "--image-opts", source, "-O", "raw", out]
+    )  # fmt: skip
+    spent = time.perf_counter() - started
+    await prism.detach(group.uuid, attachment)
+    await prism.delete_volume_group(group.uuid)
+    await prism.delete_snapshot(snapshot.uuid, snapshot.cluster)
+    return spent
+
+
+async def full(folder: Path, shrink: int, pairs: int) -> list[Result]:
+    """One disk of 2 GiB: our reading, from the snapshot's view to a file, against qemu-img's, in turns."""
+    size = 2 * GIB // shrink
+    ours: list[float] = []
+    theirs: list[float] = []
+    whole: list[float] = []
+    async with lab(folder / "full", {"one": [size]}) as found, site(found) as (prism, nutanix):
+        vm = found.vm("one")["uuid"]
+        (cluster,) = (c for c in await prism.clusters() if c.name == "cluster-a")
+        out = folder / "out.raw"
+        for number in range(pairs):
+            theirs.append(await _qemu(prism, vm, out, str(cluster.data_services)))
+            out.unlink()
+            started = time.perf_counter()
+            source = NutanixSource(nutanix, vm)
+            name = SnapshotName(uuid4().hex[:16], None)
+            snapshot = await source.take(name)
+            view = snapshot.disks[0].view
+            await view.read(0, 512)  # attached and logged in: qemu-img's target was there too
+            reading = time.perf_counter()
+            await copy(view, out)
+            ours.append(time.perf_counter() - reading)
+            await snapshot.aclose()
+            await source.abandon(name)
+            whole.append(time.perf_counter() - started)
+            if number == 0:
+                await same(found.disk_file("one", 0), out)
+            out.unlink()
+    result = Result(
+        "nutanix/full", f"one disk of {size // MIB} MiB of noise over iSCSI, to a raw file"
+    )
+    result.figures = {
+        "reading, ours, MB/s": [size / each / 1e6 for each in ours],
+        "qemu-img convert, MB/s": [size / each / 1e6 for each in theirs],
+        "with snapshot, group, login and removal, s": whole,
+    }
+    result.floors["speed / qemu-img convert"] = (paired_ratio(theirs, ours), LEAST)
+    return [result]
+
+
+async def scale(folder: Path, shrink: int, pairs: int) -> list[Result]:
+    """Four disks of a VM, and four VMs, read 1, 2 and 4 at once, to nowhere."""
+    size = 512 * MIB // shrink
+    sizes = {"wide": [size] * 4} | {f"vm{number}": [size] for number in range(4)}
+    results = []
+    async with lab(folder / "scale", sizes) as found:
+        by_disks: dict[int, list[float]] = {}
+        by_vms: dict[int, list[float]] = {}
+        for _ in range(pairs):
+            for count in (1, 2, 4):
+                async with site(found, concurrent_disks=count) as (_, nutanix):
+                    started = time.perf_counter()
+                    await _full(nutanix, found.vm("wide")["uuid"], None, count)
+                    by_disks.setdefault(count, []).append(time.perf_counter() - started)
+                    started = time.perf_counter()
+                    await _vms(nutanix, [found.vm(f"vm{n}")["uuid"] for n in range(4)], count)
+                    by_vms.setdefault(count, []).append(time.perf_counter() - started)
+    for what, spent in (("concurrent_disks", by_disks), ("concurrent_vms", by_vms)):
+        result = Result(
+            f"nutanix/{what}",
+            f"4 x {size // MIB} MiB, from snapshot to removal; tgtd, simulator and reader share the machine",
+        )
+        result.figures = {
+            f"{count} at once, MB/s": [4 * size / each / 1e6 for each in found_s]
+            for count, found_s in spent.items()
+        }
+        results.append(result)
+    return results
+
+
+async def _vms(nutanix: NutanixSite, vms: list[str], at_once: int) -> None:
+    limit = trio.Semaphore(at_once)
+
+    async def one(vm: str) -> None:
+        async with limit:
+            await _full(nutanix, vm, None)
+
+    async with trio.open_nursery() as nursery:
+        for vm in vms:
+            nursery.start_soon(one, vm)
+
+
+async def budget(folder: Path, shrink: int, pairs: int) -> list[Result]:
+    """What a one-disk cycle asks of Prism, at the default of 30 requests a minute."""
+    del pairs
+    size = 64 * MIB // shrink
+    async with (
+        lab(folder / "budget", {"one": [size]}) as found,
+        site(found, rate_rpm=30) as (prism, nutanix),
+    ):
+        vm = found.vm("one")["uuid"]
+        source = NutanixSource(nutanix, vm)
+        first, second = SnapshotName(uuid4().hex[:16], None), None
+        await source.sweep(None, None)
+        taken = await source.take(first)
+        await copy(taken.disks[0].view, None)
+        await taken.aclose()
+        await source.confirm(first)
+        with found.disk_file("one", 0).open("r+b") as file:
+            file.seek(size // 2)
+            file.write(os.urandom(MIB))
+        second = SnapshotName(uuid4().hex[:16], first.push_id)
+        # A minute has passed since the seed, as it would have: the bucket is full again.
+        await trio.sleep(60)
+        before, started = prism.requests, time.perf_counter()
+        taken = await source.take(second)
+        read = 0
+        async for extent in taken.disks[0].view.extents(first.push_id):
+            if not extent.zero:
+                read += len(await taken.disks[0].view.read(extent.offset, extent.length))
+        await taken.aclose()
+        await source.confirm(second)
+        spent, requests = time.perf_counter() - started, prism.requests - before
+        await source.sweep(None, None)
+    result = Result(
+        "nutanix/budget", f"a cycle of one disk, {read} bytes changed, at 30 requests a minute"
+    )
+    result.figures = {"requests, all hosts": float(requests), "seconds": spent}
+    result.ratios["requests"] = (float(requests), float(REQUESTS_MAX))
+    result.ratios["seconds of Prism"] = (spent, float(PRISM_S_MAX))
+    return [result]
+
+
+async def start(folder: Path, shrink: int, pairs: int) -> list[Result]:
+    """From the start of the backend's process to its first request at Prism."""
+    del shrink
+    spent: list[float] = []
+    async with lab(folder / "start", {"one": [16 * MIB]}) as found:
+        conf = folder / "backend.conf"
+        passfile = folder / "pass"
+        for path, text in (
+            (passfile, f"password = {PASSWORD}\n"),
+            (
+                conf,
+                (
+                    f"source = nutanix\nprism_central = {found.world['address']}\nprism_ca_cert = {found.folder / 'ca.pem'}\n"
+                    f"user = backup\npassfile = {passfile}\nstate_dir = {folder / 'state'}\n"
+                ),
+            ),
+        ):
+            path.touch(mode=0o600)
+            path.write_text(text)
+        backend = Path(sys.executable).parent / "replicator-backend"
+        command = [str(backend), "--standalone", "--config", str(conf), "health-check"]
+        for _ in range(max(pairs, 5)):
+            listener = (await trio.open_tcp_listeners(0, host="127.0.0.1"))[0]
+            port = listener.socket.getsockname()[1]
+            conf.write_text(_pointed_at(conf.read_text(), port))
+            started = time.perf_counter()
+            process = await trio.lowlevel.open_process(
+                command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            )
+            stream = await listener.accept()
+            spent.append(time.perf_counter() - started)
+            await stream.aclose()
+            await listener.aclose()
+            process.kill()
+            await process.wait()
+    result = Result(
+        "nutanix/start",
+        "replicator-backend --standalone health-check: to its first connection to Prism",
+    )
+    result.figures = {"seconds": sorted(spent)}
+    result.ratios["median, s"] = (sorted(spent)[len(spent) // 2], START_S_MAX)
+    return [result]
+
+
+def _pointed_at(text: str, port: int) -> str:
+    lines = [
+        line for line in text.splitlines() if not line.startswith(("prism_central", "prism_port"))
+    ]
+    return "\n".join([*lines, "prism_central = 127.0.0.1", f"prism_port = {port}", ""])
+
+
+async def run(folder: Path, shrink: int, pairs: int, part: str | None = None) -> list[Result]:
+    """All parts, or one."""
+    results: list[Result] = []
+    parts: dict[str, Callable[[Path, int, int], Awaitable[list[Result]]]] = {
+        "full": full, "scale": scale, "budget": budget, "start": start,
+    }  # fmt: skip
+    for name in PARTS if part is None else (part,):
+        results += await parts[name](folder, shrink, pairs)
+    return results
+
+
+__all__ = ["PARTS", "run"]
