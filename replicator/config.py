@@ -18,8 +18,8 @@ import msgspec
 import msgspec.inspect
 
 from replicator import timetable
+from replicator.addresses import is_iqn, parse_dsip, parse_elements, parse_prism_central
 from replicator.errors import UsageError
-from replicator.wire.peers import parse_allow
 
 DEFAULT_PATH = Path("/etc/replicator/replicator.conf")
 _FILE_SIZE_MAX = 1 << 20
@@ -34,14 +34,16 @@ Name = Annotated[str, msgspec.Meta(min_length=1, max_length=255)]
 _MTLS = ("dr_auth_cert", "dr_auth_key", "dr_ca_cert")
 
 #: Keys that only the other side reads, by the side on which they do nothing. ``dr_allow`` is refused on a source.
-NO_USE_ON_SOURCE = frozenset({"dr_listen", "dr_restore_points", "exclude", "push_apply_remote"})
+NO_USE_ON_SOURCE = frozenset({"dr_listen", "dr_restore_points", "push_apply_remote"})
 NO_USE_ON_RECEIVER = frozenset(
     {
-        "chunk_size_mib", "dr_compression", "dr_congestion", "dr_digest", "held_snapshot_hours", "held_snapshots_max",
-        "image_disks", "max_bandwidth_mbps", "max_bandwidth_schedule", "on_reference_loss", "push_interval",
-        "qemu_nbd_socket", "qemu_socket", "source", "verify_sample_mib",
+        "chunk_size_mib", "concurrent_vms", "dr_compression", "dr_congestion", "dr_digest", "held_snapshot_hours",
+        "held_snapshots_max", "image_disks", "max_bandwidth_mbps", "max_bandwidth_schedule", "on_reference_loss",
+        "push_interval", "qemu_nbd_socket", "qemu_socket", "source", "verify_sample_mib",
     }
 )  # fmt: skip
+#: What chooses among the VMs of one source host: there is one VM where the source is not Nutanix.
+NUTANIX_ONLY = frozenset({"exclude", "cluster", "concurrent_vms"})
 
 
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -54,12 +56,19 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     user: str = ""
     password: str = ""
     passfile: Path | None = None
+    prism_api_key: Path | None = None
+    prism_ca_cert: Path | None = None
     prism_insecure: bool = False
+    prism_element: str = ""
+    prism_element_user: str = ""
+    prism_element_passfile: Path | None = None
+    prism_v3_expose: Literal["auto", "vg-clone", "vg-image", "vg-url"] = "auto"
     cluster: str = ""
     application_consistent: Literal["true", "try", "false"] = "try"
     data_path: Literal["auto", "iscsi", "rest"] = "auto"
     dsip: str = ""
     iscsi_initiator: str = ""
+    iscsi_chap: Literal["mutual", "one-way", "none"] = "mutual"
     prism_rate_rpm: Annotated[int, msgspec.Meta(ge=1, le=6000)] = 30
     # Selection and concurrency
     vm: str = "*"
@@ -178,11 +187,18 @@ def _idle_keys(values: dict[str, str], config: Config) -> list[str]:
     here, there, idle = "receiver", "source", NO_USE_ON_RECEIVER
     if config.is_source:
         here, there, idle = "source", "receiver", NO_USE_ON_SOURCE
-    return [
+    found = [
         f"{key} does nothing on a {here}: it belongs in the {there}'s configuration"
         for key in values
         if key in idle
     ]
+    if config.is_source and config.source != "nutanix":
+        found += [
+            f"{key} does nothing with source = {config.source}, which has one VM"
+            for key in values
+            if key in NUTANIX_ONLY
+        ]
+    return found
 
 
 def _read(path: Path) -> dict[str, str]:
@@ -249,7 +265,42 @@ def check(values: dict[str, str]) -> Config:
         except UnicodeError:
             raise UsageError(f"{key}: expected a host name or an address") from None
     _check_credentials(config)
+    _check_prism(config, port_given="prism_port" in values)
     return config
+
+
+def _check_prism(config: Config, *, port_given: bool) -> None:
+    """What is said of Prism must not contradict itself. The files are looked at by ``prism_access``."""
+    _, port = parse_prism_central(config.prism_central or "x")
+    if port is not None and port_given and port != config.prism_port:
+        raise UsageError(
+            f"prism_port: {config.prism_port} contradicts prism_central, which says {port}; remove one"
+        )
+    if config.password and config.passfile is not None:
+        raise UsageError("passfile: contradicts password; remove password")
+    if config.prism_api_key is not None:
+        for key in ("user", "password", "passfile"):
+            if getattr(config, key):
+                raise UsageError(
+                    f"prism_api_key: contradicts {key}; an account has one or the other"
+                )
+        if config.prism_api_version == "v3":
+            raise UsageError("prism_api_key: v3 takes no API keys; give user and passfile")
+    elif (config.password or config.passfile is not None) and not config.user:
+        key = "password" if config.password else "passfile"
+        raise UsageError(f"user: missing; it says whose password {key} gives")
+    if config.prism_insecure and config.prism_ca_cert is not None:
+        raise UsageError("prism_ca_cert: contradicts prism_insecure, which checks no certificate")
+    if bool(config.prism_element_user) != (config.prism_element_passfile is not None):
+        missing = "prism_element_passfile" if config.prism_element_user else "prism_element_user"
+        raise UsageError(f"{missing}: missing; an account of the Elements takes both")
+    parse_elements(config.prism_element)
+    parse_dsip(config.dsip)
+    name = config.iscsi_initiator
+    if name and not is_iqn(name):
+        raise UsageError(
+            "iscsi_initiator: expected an IQN in lower case, such as iqn.2026-01.org.example:dr-service-01"
+        )
 
 
 def _check_credentials(config: Config) -> None:
@@ -257,7 +308,10 @@ def _check_credentials(config: Config) -> None:
     missing = [key for key in _MTLS if getattr(config, key) is None]
     if missing and len(missing) < len(_MTLS):
         raise UsageError(f"{missing[0]}: missing; mTLS takes {', '.join(_MTLS)}, all three")
-    parse_allow(config.dr_allow)
+    if config.dr_allow:
+        from replicator.wire.peers import parse_allow  # noqa: PLC0415 - loads the transport, which few commands need
+
+        parse_allow(config.dr_allow)
     if config.dr_allow and config.is_source:
         raise UsageError("dr_allow: belongs on the receiver; remove it here")
     if config.dr_allow and missing:

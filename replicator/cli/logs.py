@@ -4,12 +4,16 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
 import time
+from contextvars import ContextVar
 
 from replicator.cli.text import one_line
 
 _OURS = ("eventstore", "replicator", "receiver", "bacula_adapter")
+#: The VM that a task works for, where a process works for several: what its lines begin with.
+WORKING_FOR: ContextVar[str] = ContextVar("working_for", default="")
 _LEVELS = (logging.ERROR, logging.INFO, logging.DEBUG, logging.DEBUG)
 
 
@@ -35,7 +39,7 @@ class _Formatter(logging.Formatter):
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
         """The record in one line."""
-        record.message = one_line(record.message)
+        record.message = one_line(_with_vm(record.message))
         return super().formatMessage(record)
 
     def format(self, record: logging.LogRecord) -> str:
@@ -46,6 +50,14 @@ class _Formatter(logging.Formatter):
         if record.exc_info and (error := record.exc_info[1]) is not None:
             fields |= {"msg": f"{record.getMessage()}: {type(error).__name__}: {error}", "args": ()}
         return super().format(logging.makeLogRecord(fields))
+
+
+def _with_vm(message: str) -> str:
+    """The message, with the VM that it is about before it, unless it names it."""
+    vm = WORKING_FOR.get()
+    if not vm or re.search(rf"(?<!\w){re.escape(vm)}(?!\w)", message):
+        return message
+    return f"{vm}: {message}"
 
 
 def configure(verbose: int) -> None:
@@ -62,4 +74,4 @@ def configure(verbose: int) -> None:
         logging.getLogger(name).setLevel(_LEVELS[verbose])
 
 
-__all__ = ["configure"]
+__all__ = ["WORKING_FOR", "configure"]

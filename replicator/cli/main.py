@@ -8,13 +8,13 @@ command stands above this package in the import order: it is found by its entry 
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import json
 import os
 import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -24,6 +24,9 @@ from replicator.cli.failures import Failure, explain
 from replicator.cli.text import one_line
 from replicator.errors import ReplicatorError
 
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint, EntryPoints
+
 PROGRAM = "replctl"
 PLUGINS = "replctl.commands"
 COMPLETE = "_REPLCTL_COMPLETE"
@@ -32,16 +35,20 @@ DEFAULT_CONFIG = Path("/etc/replicator/replicator.conf")
 
 _COMMANDS = {
     "completion": "replicator.cli.completion:completion",
+    "estimate": "replicator.cli.estimating:estimate",
     "export": "replicator.cli.receiving:export",
     "failover": "replicator.cli.receiving:failover",
+    "health-check": "replicator.cli.health_checking:health_check",
     "history": "replicator.cli.showing:history",
     "log": "replicator.cli.logbook:log",
+    "owned": "replicator.cli.owning:owned",
     "points": "replicator.cli.showing:points",
     "projections": "replicator.cli.projecting:projections",
     "push": "replicator.cli.pushing:push",
     "resync": "replicator.cli.resyncing:resync",
     "run": "replicator.cli.pushing:run",
     "seed": "replicator.cli.pushing:seed",
+    "simulate": "replicator.cli.simulating:simulate",
     "status": "replicator.cli.showing:status",
     "throttle": "replicator.cli.throttling:throttle",
     "usage": "replicator.cli.accounting:usage",
@@ -55,7 +62,7 @@ class Commands(click.Group):
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Every command there is, in the order of names."""
         del ctx
-        plugins = {entry.name for entry in importlib.metadata.entry_points(group=PLUGINS)}
+        plugins = {entry.name for entry in _plugins()}
         return sorted(plugins | _COMMANDS.keys())
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
@@ -66,12 +73,19 @@ class Commands(click.Group):
             module, _, name = where.partition(":")
             command: click.Command = getattr(importlib.import_module(module), name)
             return command
-        for entry in importlib.metadata.entry_points(group=PLUGINS, name=cmd_name):
+        for entry in _plugins().select(name=cmd_name):
             return _load(entry)
         return None
 
 
-def _load(entry: importlib.metadata.EntryPoint) -> click.Command:
+def _plugins() -> EntryPoints:
+    """The commands of other packages. Loads what reads their metadata, which costs more than a command of our own."""
+    from importlib.metadata import entry_points  # noqa: PLC0415 - as it says
+
+    return entry_points(group=PLUGINS)
+
+
+def _load(entry: EntryPoint) -> click.Command:
     try:
         loaded = entry.load()
     except Exception as error:  # noqa: BLE001 - a plugin may fail in any way, and must take nothing else down
@@ -107,8 +121,8 @@ def _broken(name: str, reason: str) -> click.Command:
 def replctl(ctx: click.Context, config_path: Path, as_json: bool) -> None:
     """Disaster recovery of virtual machine disks.
 
-    On the host of a VM: seed, push, resync, run, throttle. On the receiver: receiver, verify, export, failover. On both: status,
-    points, history, usage, log, projections.
+    At the source: seed, push, resync, run, throttle, estimate; with Nutanix health-check and owned too. On the receiver: receiver,
+    verify, export, failover. On both: status, points, history, usage, log, projections.
     """
     ctx.obj = CliContext(config_path, as_json)
 

@@ -29,6 +29,10 @@ _STYLES = {
     "parked": "bold red",
     "missing": "bold red",
     "damaged": "bold red",
+    "reference": "green",
+    "push under way": "cyan",
+    "left behind": "bold red",
+    "failed": "bold red",
 }
 _ENVELOPE = {"id", "at", "kind"}
 
@@ -104,6 +108,37 @@ def show_points(points: Sequence[dict[str, Any]]) -> None:
         for point in points
     ]
     _table(["point", "taken", "committed", "parent", "pushed", "state", "root"], rows, styled=5)
+
+
+def show_estimates(estimates: Sequence[dict[str, Any]]) -> None:
+    """Estimate objects as a table, disk by disk, with a line for the whole of each VM that has several."""
+    rows = []
+    for vm in estimates:
+        rows += [
+            [vm["vm"], *_sizes(disk["disk"], disk), disk["reason"] or ""] for disk in vm["disks"]
+        ]
+        if len(vm["disks"]) != 1:
+            rows.append([vm["vm"], *_sizes("all", vm), ""])
+    _table(["vm", "disk", "size", "full", "incremental", "note"], rows)
+
+
+def _sizes(name: str, counts: dict[str, Any]) -> list[str]:
+    changed = counts["incremental_bytes"]
+    return [
+        name,
+        size(counts["size"]),
+        size(counts["full_bytes"]),
+        "-" if changed is None else size(changed),
+    ]
+
+
+def show_owned(objects: Sequence[dict[str, Any]]) -> None:
+    """Owned objects as a table."""
+    rows = [
+        [each["kind"], each["name"], each["vm"] or "-", duration(each["age_s"]), each["why"]]
+        for each in objects
+    ]
+    _table(["kind", "name", "VM", "age", "why"], rows, styled=4)
 
 
 def show_history(events: Sequence[dict[str, Any]]) -> None:
@@ -185,6 +220,29 @@ def _details(event: dict[str, Any]) -> str:
     return ", ".join(parts)
 
 
+def show_health(report: dict[str, Any]) -> None:
+    """A HealthReport as a table, a row for each finding, and what to do below it."""
+    rows = []
+    for probe in report["probes"]:
+        took = "-" if probe["state"] == "not run" else duration(probe["seconds"])
+        for finding in probe["findings"]:
+            rows.append([probe["probe"], finding["state"], took, finding["text"]])
+            took = ""
+    _table(["probe", "state", "time", "what was found"], rows, styled=1)
+    for probe in report["probes"]:
+        for finding in probe["findings"]:
+            if finding["remedy"] is not None:
+                style = "red" if finding["state"] == "failed" else "yellow"
+                text = f"{probe['probe']}: {one_line(finding['remedy'])}"
+                _console().print(Text(text, style=style), soft_wrap=True)
+    ready = "ready for a job" if report["ready"] else "not ready for a job"
+    api = "" if report["api"] is None else f" ({report['api']})"
+    _console().print(
+        Text(f"{one_line(report['prism'])}{api}: {ready}, {duration(report['seconds'])}"),
+        soft_wrap=True,
+    )
+
+
 def _table(heads: Iterable[str], rows: Iterable[Sequence[str]], styled: int | None = None) -> None:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for head in heads:
@@ -209,6 +267,7 @@ def _console() -> Console:
 
 
 __all__ = [
+    "show_health",
     "show_history",
     "show_periods",
     "show_points",

@@ -27,6 +27,7 @@ from replicator.log import EventLog, Wanted, open_log
 from replicator.log.usage import sampling_of
 from replicator.push import rpo, trouble
 from replicator.push.trouble import Trouble
+from replicator.sources.selection import is_chosen
 
 _logger = logging.getLogger(__name__)
 
@@ -166,8 +167,8 @@ async def _status(config: Config, at_us: int | None) -> list[dict[str, Any]]:
         if log is None:
             return []
         if at_us is not None:
-            return [vm_status(vm, at_us) for vm in await log.at(at_us) if is_shown(vm, config.vm)]
-        pushed, push = await _under_way(config)
+            return [vm_status(vm, at_us) for vm in await log.at(at_us) if is_shown_of(config, vm)]
+        pushes = await _under_way(config)
         common = await log.warnings() + _certificate_warnings(config, now_us / 1_000_000)
         recent = await log.usage(first_day(now_us))
         target_s = rpo.target_s(config)
@@ -181,23 +182,34 @@ async def _status(config: Config, at_us: int | None) -> list[dict[str, Any]]:
                     await rpo.recent_points(log, vm), config.push_interval, now_us
                 ),
                 sampling=sampling_of(recent, vm.vm),
-                push=push if vm.name == pushed else None,
+                push=pushes.get(vm.vm, pushes.get(vm.name)),
             )
             for vm in log.vms
-            if is_shown(vm, config.vm)
+            if is_shown_of(config, vm)
         ]
 
 
-async def _under_way(config: Config) -> tuple[str | None, dict[str, Any] | None]:
-    """The VM that the running process pushes, and how far that is; nothing where none runs, or none that answers."""
+def is_shown_of(config: Config, vm: ProtectedVm) -> bool:
+    """Whether a source with this configuration speaks of a VM of its log; see ``is_shown``."""
+    if config.source != "nutanix":
+        return is_shown(vm, config.vm)
+    return vm.newest is not None or is_chosen(vm.vm, vm.name, config.vm, config.exclude)
+
+
+async def _under_way(config: Config) -> dict[str, dict[str, Any]]:
+    """How far the pushes of the running process are, by the VM's UUID, or by the name of a host's only one; nothing where none
+    runs, or none that answers.
+    """
     with trio.move_on_after(_PUSH_S):
         try:
             answer = await ControlClient(config.control_path, SOURCE).get("/v1/push")
         except ReplicatorError as error:
             _logger.debug("no push to show: %s", error)
         else:
-            return answer.get("vm"), answer.get("push")
-    return None, None
+            if "pushes" in answer:
+                return {each["uuid"]: each["push"] for each in answer["pushes"]}
+            return {answer["vm"]: answer["push"]} if answer.get("push") is not None else {}
+    return {}
 
 
 def _certificate_warnings(config: Config, now: float) -> list[str]:

@@ -62,7 +62,7 @@ CASES: list[tuple[dict[str, object], str]] = [
     ({"image_disks": "disk-0=/"}, r"image_disks: disk-0: / is neither a file nor a block device"),
     (
         {"source": "nutanix"},
-        r"source=nutanix: this version has no Nutanix source yet; use qemu or image",
+        r"prism_central: missing; it names Prism Central \(source=nutanix\)$",
     ),
     ({"source": "qemu"}, r"qemu_socket: missing"),
     ({"source": "qemu", "qemu_socket": "/" + "long" * 30}, r"QMP socket"),
@@ -205,6 +205,18 @@ def test_keys_of_the_other_side_are_warned_of_once_each(tmp_path: Path, replctl:
     assert line.endswith(
         "max_bandwidth_mbps does nothing on a receiver: it belongs in the source's configuration"
     )
+
+
+def test_what_chooses_among_vms_is_warned_of_where_there_is_one(
+    tmp_path: Path, replctl: Replctl
+) -> None:
+    values = source_values(tmp_path, exclude="db", cluster="a", concurrent_vms=4)
+    done = replctl("--config", write_config(tmp_path / "source.conf", values), "seed")
+    said = [line.partition(" WARNING ")[2] for line in done.err.splitlines()]
+    assert [line for line in said if "does nothing" in line] == [
+        f"{key} does nothing with source = image, which has one VM"
+        for key in ("exclude", "cluster", "concurrent_vms")
+    ]
 
 
 def test_a_configuration_that_holds_the_key_must_be_private(

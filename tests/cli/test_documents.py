@@ -58,7 +58,7 @@ def all_commands(group: click.Group, path: str) -> Iterator[tuple[str, click.Com
 def test_every_command_is_documented_with_its_words_and_options() -> None:
     documented = {}
     for usage in re.findall(r"^\| `(replctl [^`]+)` \|", read("docs/commands.md"), re.MULTILINE):
-        words = re.match(r"[a-z ]+(?<! )", usage)
+        words = re.match(r"[a-z]+(?:[ -][a-z]+)*", usage)
         assert words is not None
         documented[words[0]] = (
             set(re.findall(r"--[a-z-]+", usage)),
@@ -85,6 +85,14 @@ def test_the_readmes_configurations_are_accepted() -> None:
     assert (receiver.is_source, source.is_source) == (False, True)
     assert receiver.dr_auth_token == source.dr_auth_token
     assert all(len(example.splitlines()) <= 10 for example in examples)
+
+
+def test_the_configuration_of_a_nutanix_host_is_accepted() -> None:
+    section = read("docs/operating.md").partition("## Nutanix at the source\n")[2]
+    example = section.split("```")[1].strip()
+    config = check(parse_lines(example))
+    assert (config.source, config.is_source) == ("nutanix", True)
+    assert len(example.splitlines()) <= 10
 
 
 @pytest.mark.parametrize(

@@ -55,6 +55,8 @@ CHECKS: dict[str, Callable[[object], bool]] = {
     "SamplingInfo": lambda value: isinstance(value, dict),
     "PushProgress": lambda value: isinstance(value, dict),
     "LastCycle": lambda value: isinstance(value, dict),
+    "list of VmPush": lambda value: isinstance(value, list),
+    "list of DiskEstimate": lambda value: isinstance(value, list),
 }
 
 

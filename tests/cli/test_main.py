@@ -34,10 +34,10 @@ def test_version(replctl: Replctl) -> None:
 def test_help_lists_every_command(replctl: Replctl) -> None:
     done = replctl("--help")
     assert (done.code, done.err) == (0, "")
-    listed = set(re.findall(r"^  ([a-z]+)  ", done.out, re.MULTILINE))
+    listed = set(re.findall(r"^  ([a-z][a-z-]*)  ", done.out, re.MULTILINE))
     assert listed == {
-        "completion", "export", "failover", "history", "log", "points", "projections",
-            "push", "receiver", "resync", "run", "seed", "status", "throttle", "usage", "verify",
+        "completion", "estimate", "export", "failover", "health-check", "history", "log", "owned", "points", "projections",
+            "push", "receiver", "resync", "run", "seed", "simulate", "status", "throttle", "usage", "verify",
     }  # fmt: skip
 
 

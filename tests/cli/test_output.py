@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from replicator.cli.logs import configure
+from replicator.cli.logs import WORKING_FOR, configure
 from replicator.cli.progress import progress
 from replicator.cli.render import show_history, show_points, show_status
 from replicator.domain.views import push_info
@@ -55,6 +55,28 @@ def test_a_record_is_one_line_with_its_time_in_utc(capsys: pytest.CaptureFixture
         capsys.readouterr().err
         == "1970-01-01T00:00:00.250Z INFO    vm \N{REPLACEMENT CHARACTER}[2Jweb up\n"
     )
+
+
+@pytest.mark.parametrize(
+    ("vm", "message", "expected"),
+    [
+        ("", "the push is given up", "the push is given up"),
+        ("db", "the push is given up", "db: the push is given up"),
+        ("db", "seed of db to point 1", "seed of db to point 1"),
+        ("a.b", "seed of adb to point 1", "a.b: seed of adb to point 1"),
+        ("e\x1b[1m", "given up", "e\N{REPLACEMENT CHARACTER}[1m: given up"),
+    ],
+)
+def test_where_there_are_several_vms_a_line_says_which(
+    capsys: pytest.CaptureFixture[str], vm: str, message: str, expected: str
+) -> None:
+    configure(1)
+    token = WORKING_FOR.set(vm)
+    try:
+        logging.getLogger("replicator.push").warning("%s", message)
+    finally:
+        WORKING_FOR.reset(token)
+    assert capsys.readouterr().err.rstrip("\n").endswith(f"WARNING {expected}")
 
 
 def test_a_listener_that_is_gone_does_not_stop_the_work(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -146,7 +146,8 @@ class Run:
             while any(task.completed_at is None for task in tasks.values()):
                 await trio.lowlevel.checkpoint()
         await self.lab.source().sweep(None, self.newest)
-        assert [each.split("-")[2] for each in objects(self.simulator)] == [self.newest]
+        wanted = [] if self.newest is None else [self.newest]
+        assert [each.split("-")[2] for each in objects(self.simulator)] == wanted
         assert not self.simulator.world.volume_groups
 
 

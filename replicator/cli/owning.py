@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""`replctl owned`: everything of this product on the Nutanix clusters, why it is there, and its removal where it is not needed."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import click
+import trio
+
+from replicator.cli.context import CliContext
+from replicator.cli.text import one_line
+from replicator.config import Config
+from replicator.domain.views import instant
+from replicator.errors import ReplicatorError, UsageError
+from replicator.log import EventLog, open_log
+from replicator.prism.api import Prism
+from replicator.prism.discovery import open_prism
+from replicator.prism.settings import PrismSettings
+from replicator.prism.types import Kind
+from replicator.prism_access import prism_settings
+from replicator.push import journal
+from replicator.sources.nutanix import names
+from replicator.sources.nutanix.ledger import INSTALLATION, OBJECTS, Ledger, read_entries
+from replicator.sources.nutanix.site import now_us
+from replicator.sources.nutanix.sweep import Owned, judge, sweep_clusters
+from replicator.state_dir import open_state_dir
+
+_logger = logging.getLogger(__name__)
+
+_WORDS: Mapping[Kind, str] = {
+    Kind.SNAPSHOT: "snapshot",
+    Kind.VOLUME_GROUP: "volume group",
+    Kind.IMAGE: "image",
+    Kind.VM: "VM",
+}
+
+
+@click.command()
+@click.option("--all", "others", is_flag=True, help="Other installations' objects as well.")
+@click.option("--remove", is_flag=True, help="Remove what no point and no push needs.")
+@click.option("--yes", is_flag=True, help="Remove without asking.")
+@click.pass_obj
+def owned(context: CliContext, others: bool, remove: bool, yes: bool) -> None:
+    """Show what is ours on the Nutanix clusters, and why.
+
+    Snapshots, volume groups, images and VMs that bear this installation's name. Other installations' are never removed.
+    """
+    config = context.config()
+    if config.source != "nutanix":
+        raise UsageError(
+            f"owned: source = {config.source} makes nothing on a cluster (source = nutanix does)"
+        )
+    settings = prism_settings(config)
+    if not remove:
+        if yes:
+            raise UsageError("--yes: belongs to --remove")
+        found = trio.run(_list, config, settings, others)
+        _show(context, found)
+        return
+    if not yes and (context.json or not sys.stdin.isatty()):
+        raise UsageError("--remove: nobody can be asked here; add --yes")
+    with open_state_dir(config.state_dir):
+        found, removed = trio.run(_remove, config, settings, others, yes)
+    if context.json:
+        context.print_json([_info(each) | {"removed": each.name in removed} for each in found])
+        return
+    for name in removed:
+        click.echo(f"removed {name}")
+    if not removed:
+        click.echo("nothing to remove")
+
+
+def _show(context: CliContext, found: list[Owned]) -> None:
+    if context.json:
+        context.print_json([_info(each) for each in found])
+        return
+    from replicator.cli.render import show_owned  # noqa: PLC0415 - only for a person
+
+    show_owned([_info(each) for each in found])
+
+
+def _info(each: Owned) -> dict[str, Any]:
+    """Owned of docs/json.md."""
+    return {
+        "kind": _WORDS[each.kind],
+        "name": each.name,
+        "id": each.uuid,
+        "cluster": each.cluster,
+        "vm": each.vm,
+        "made": instant(each.made_at_us),
+        "age_s": max(0, now_us() - each.made_at_us) // 1_000_000,
+        "why": str(each.why),
+    }
+
+
+async def _list(config: Config, settings: PrismSettings, others: bool) -> list[Owned]:
+    folder = config.state_dir / "events"
+    if not await trio.Path(folder).is_dir():
+        _logger.warning(
+            "no log in %s yet: nothing of the clusters is this installation's", config.state_dir
+        )
+        if not others:
+            return []
+        async with open_prism(settings) as prism:
+            return await _others(prism)
+    async with open_prism(settings) as prism, open_log(folder, readonly=True) as log:
+        return await _look(log, prism, others)
+
+
+async def _look(log: EventLog, prism: Prism, others: bool) -> list[Owned]:
+    installation = await log.journal_get(INSTALLATION)
+    if not names.is_installation(installation):
+        return await _others(prism) if others else []
+    # The clusters first: what is found there was written down before.
+    found = await prism.find(names.COMMON if others else names.prefix(installation))
+    entries = read_entries(await log.journal_items(OBJECTS))
+    return judge(found, entries, installation, await _live(log), now_us())
+
+
+async def _others(prism: Prism) -> list[Owned]:
+    return judge(await prism.find(names.COMMON), [], "", {}, now_us())
+
+
+async def _remove(
+    config: Config, settings: PrismSettings, others: bool, yes: bool
+) -> tuple[list[Owned], list[str]]:
+    async with (
+        open_prism(settings) as prism,
+        open_log(config.state_dir / "events") as log,
+    ):
+        found = await _look(log, prism, others)
+        ours = [each for each in found if each.is_removed]
+        if ours and not yes:
+            for each in ours:
+                click.echo(f"{_WORDS[each.kind]} {one_line(each.name)} ({each.why})")
+            answer = await trio.to_thread.run_sync(
+                lambda: click.confirm(f"Remove these {len(ours)} from the clusters?")
+            )
+            if not answer:
+                raise ReplicatorError("nothing was removed")
+        ledger = await Ledger.open(log)
+        return found, await sweep_clusters(prism, ledger, await _live(log), now_us())
+
+
+async def _live(log: EventLog) -> dict[str, set[str]]:
+    """By VM: the pushes whose objects are wanted."""
+    live: dict[str, set[str]] = {}
+    for vm in log.vms:
+        wanted = live.setdefault(vm.vm, set())
+        if vm.newest is not None:
+            wanted.add(vm.newest.push_id)
+        entry = await journal.load(log, vm.vm)
+        if entry is not None:
+            wanted.add(entry.push_id)
+            if entry.reference is not None:
+                wanted.add(entry.reference)
+    return live
+
+
+__all__ = ["owned"]
