@@ -7,6 +7,7 @@ Each host has an address of its own and all have the same port. What v3 and v4 m
 from __future__ import annotations
 
 import logging
+import re
 from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -252,7 +253,8 @@ class Server:
 
 def _split(target: str) -> tuple[str, str]:
     path, _, query = target.partition("?")
-    return unquote(path), query
+    # Prism's front end merges slashes: clients of v3 send "…/v3//vms/list".
+    return re.sub("/{2,}", "/", unquote(path)), query
 
 
 def _query(text: str) -> dict[str, str]:
