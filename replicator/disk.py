@@ -65,6 +65,16 @@ class ReadsNow(Protocol):
         ...
 
 
+@runtime_checkable
+class MadeReadable(Protocol):
+    """A view that must first be made readable, which costs more than the bytes: a volume group, a login, a download."""
+
+    @property
+    def must_be_read(self) -> bool:
+        """Whether what changed has data, so that it is made readable anyway. If not, nothing of it should be read."""
+        ...
+
+
 def normalise(extents: Iterable[Extent], size: int) -> list[Extent]:
     """Sort, clip to ``size``, resolve overlaps and join neighbours of the same kind.
 

@@ -73,8 +73,9 @@ class Commands(click.Group):
             module, _, name = where.partition(":")
             command: click.Command = getattr(importlib.import_module(module), name)
             return command
-        for entry in _plugins().select(name=cmd_name):
-            return _load(entry)
+        for entry in _plugins():
+            if entry.name == cmd_name:
+                return _load(entry)
         return None
 
 

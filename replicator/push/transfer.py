@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import trio
 
 from replicator.config import Config
+from replicator.disk import MadeReadable
 from replicator.domain.model import PointDisk
 from replicator.errors import SnapshotGoneError, WireError
 from replicator.imagemap import vm_root
@@ -138,11 +139,12 @@ class Transfer:
         raise WireError("the receiver cannot go on where this side can")
 
     def _tracked(self, entry: PushEntry, jobs: list[DiskJob]) -> list[Tracked]:
-        """The disks whose changes are told by change tracking."""
+        """The disks whose changes are told by change tracking; not those that would be made readable for a sample alone."""
         return [
             Tracked(disk.disk, job.view, job.since, self.files.known_map(disk), entry.parent)
             for disk, job in zip(entry.disks or (), jobs, strict=True)
             if job.since is not None
+            and (not isinstance(job.view, MadeReadable) or job.view.must_be_read)
         ]
 
     def _progress(self, jobs: list[DiskJob]) -> Callable[[DiskJob, int], None]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import socket
 import struct
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 
@@ -65,7 +65,7 @@ class Connection:
                 await self._stream.send_all(self._http.send(go_on) or b"")
             self._http.receive_data(bytes(await self._stream.receive_some(_READ)))
 
-    async def pieces(self) -> AsyncIterator[bytes]:
+    async def pieces(self) -> AsyncGenerator[bytes, None]:
         """The body of the request, piece by piece."""
         while True:
             event = await self._next()
@@ -80,7 +80,7 @@ class Connection:
         """The whole body. Raises HttpError 413 for one that is too long, 408 for one that takes too long."""
         whole = bytearray()
         with trio.move_on_after(_REQUEST_S):
-            async with aclosing(self.pieces()) as pieces:  # type: ignore[type-var]  # an iterator that is a generator
+            async with aclosing(self.pieces()) as pieces:
                 async for piece in pieces:
                     whole += piece
                     if len(whole) > BODY_MAX:
@@ -97,7 +97,7 @@ class Connection:
             return
         left = _SKIP_MAX
         with trio.move_on_after(_REQUEST_S):
-            async with aclosing(self.pieces()) as pieces:  # type: ignore[type-var]  # an iterator that is a generator
+            async with aclosing(self.pieces()) as pieces:
                 async for piece in pieces:
                     left -= len(piece)
                     if left < 0:
@@ -114,8 +114,12 @@ class Connection:
             headers.append(("Connection", "close"))
         await self._put(h11.Response(status_code=reply.status, headers=headers))
         if method != "HEAD" and reply.stream is not None:
-            async for piece in reply.stream:
-                await self._put(h11.Data(data=piece))
+            try:
+                async for piece in reply.stream:
+                    await self._put(h11.Data(data=piece))
+            finally:
+                if isinstance(reply.stream, AsyncGenerator):
+                    await reply.stream.aclose()
         elif method != "HEAD" and data and reply.status != 204:
             await self._put(h11.Data(data=data))
         await self._put(h11.EndOfMessage())

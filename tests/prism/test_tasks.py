@@ -190,3 +190,20 @@ async def test_an_error_of_a_look_reaches_whoever_waits(
         nursery.start_soon(wait, "a")
         nursery.start_soon(wait, "b")
     assert sorted(caught) == ["a", "b"]
+
+
+async def test_a_kind_that_was_not_seen_yet_is_guessed_from_the_last_task(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    del autojump_clock
+    prism = Prism(a=2.5, b=5.9, c=100.0, d=200.0)
+    watcher = TaskWatcher(prism.look, GAPS, "Prism")
+    await watcher.wait("a", "create", 100)
+    await watcher.wait("b", "attach", 100)
+    assert [at for at, _ in prism.looks] == [1, 2, 4, 8]  # 4 + at most 4
+    prism.looks.clear()
+    await watcher.wait("c", "copy", 200)
+    prism.looks.clear()
+    began = prism.now
+    await watcher.wait("d", "delete", 200)
+    assert prism.looks[0][0] - began == 4

@@ -7,6 +7,7 @@ import random
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,28 @@ async def test_no_more_is_sampled_than_was_asked_for(tmp_path: Path) -> None:
         mine.source.views.clear()
         assert (await mine.site.push()).point.sampled == 0
         assert mine.source.bytes_read == 0
+
+
+@dataclass
+class Costly(lab.TrackedView):
+    """Must be made readable first."""
+
+    @property
+    def must_be_read(self) -> bool:
+        return bool(self.changed)
+
+
+async def test_a_disk_is_not_made_readable_for_a_sample_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lab, "TrackedView", Costly)
+    async with pair(tmp_path) as (_, sx):
+        before = sx.source.bytes_read
+        await sx.site.push(Want.PUSH)
+        assert sx.source.bytes_read == before
+        sx.write("disk-0", 0, grain("new"))
+        await sx.site.push(Want.PUSH)
+        assert sx.source.bytes_read == before + SIZE, "the change, and all else as a sample"
 
 
 async def test_where_digests_are_compared_nothing_is_sampled(tmp_path: Path) -> None:

@@ -353,7 +353,7 @@ def list_of(entities: Iterable[Json], request: Request) -> Reply:
 
 def _whole(request: Request, name: str, default: int) -> int:
     given = request.query.get(name, str(default))
-    if not given.isascii() or not given.isdigit() or len(given) > 9:
+    if not given.isascii() or not given.isdigit() or len(given) > 10:
         raise InvalidError(f"{name} is a number")
     return int(given)
 

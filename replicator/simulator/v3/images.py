@@ -23,6 +23,8 @@ _BODY = intent("image", image)
 _ATTRIBUTES = frozenset({"name", "uuid", "image_type"})
 _DIGEST = re.compile(r"[0-9a-fA-F]{40}|[0-9a-fA-F]{64}")
 _CHUNK = 1 << 20
+#: How much of an upload that is refused is still read.
+_DRAINED_MAX = 256 << 20
 
 
 class Images:
@@ -155,26 +157,15 @@ class Images:
 
     async def put_file(self, request: Request, uuid: str) -> Reply:
         """PUT /images/{uuid}/file: raw bytes, once; checked against X-Nutanix-Checksum-Bytes where it is given."""
-        found = self._find(request, uuid)
-        if found.size is not None:
-            raise HttpError(422, f"the image {uuid} has data already", "exists")
-        if "content-length" not in request.headers:
-            raise HttpError(411, "an image needs Content-Length")
-        kind = request.headers.get("content-type", "").partition(";")[0].strip()
-        if kind != "application/octet-stream":
-            raise HttpError(
-                415, f"an image is application/octet-stream, not {kind or 'nothing'}", "media_type"
-            )
-        algorithm = request.headers.get("x-nutanix-checksum-type")
-        digest = request.headers.get("x-nutanix-checksum-bytes")
-        if (algorithm is None) != (digest is None) or algorithm not in (None, "SHA_1", "SHA_256"):
-            raise InvalidError(
-                "X-Nutanix-Checksum-Type is SHA_1 or SHA_256, and X-Nutanix-Checksum-Bytes comes with it"
-            )
-        if digest is not None and _DIGEST.fullmatch(digest) is None:
-            raise InvalidError("X-Nutanix-Checksum-Bytes is no checksum in hex")
         stream = request.stream if request.stream is not None else _once(request.body)
-        await self._v3.core.put_image(found.uuid, stream, algorithm, digest)
+        try:
+            found = self._find(request, uuid)
+            algorithm, digest = _upload_of(found, request.headers)
+            await self._v3.core.put_image(found.uuid, stream, algorithm, digest)
+        except HttpError:
+            # Who sends without reading would only see the connection cut, and never why.
+            await _drain(stream)
+            raise
         return Reply(200, {})
 
     async def get_file(self, request: Request, uuid: str) -> Reply:
@@ -193,6 +184,37 @@ def _checksum(given: Json | None) -> Json:
     if given is None:
         return {}
     return {"algorithm": given["checksum_algorithm"], "digest": given["checksum_value"]}
+
+
+def _upload_of(found: Image, headers: dict[str, str]) -> tuple[str | None, str | None]:
+    """The checksum's algorithm and hex digest, if they are given. Raises HttpError for an upload that cannot be taken."""
+    if found.size is not None:
+        raise HttpError(422, f"the image {found.uuid} has data already", "exists")
+    if "content-length" not in headers:
+        raise HttpError(411, "an image needs Content-Length")
+    kind = headers.get("content-type", "").partition(";")[0].strip()
+    if kind != "application/octet-stream":
+        raise HttpError(
+            415, f"an image is application/octet-stream, not {kind or 'nothing'}", "media_type"
+        )
+    algorithm = headers.get("x-nutanix-checksum-type")
+    digest = headers.get("x-nutanix-checksum-bytes")
+    if (algorithm is None) != (digest is None) or algorithm not in (None, "SHA_1", "SHA_256"):
+        raise InvalidError(
+            "X-Nutanix-Checksum-Type is SHA_1 or SHA_256, and X-Nutanix-Checksum-Bytes comes with it"
+        )
+    if digest is not None and _DIGEST.fullmatch(digest) is None:
+        raise InvalidError("X-Nutanix-Checksum-Bytes is no checksum in hex")
+    return algorithm, digest
+
+
+async def _drain(stream: AsyncIterator[bytes]) -> None:
+    """Read what the client still sends, up to a bound."""
+    size = 0
+    async for piece in stream:
+        size += len(piece)
+        if size > _DRAINED_MAX:
+            return
 
 
 async def _once(body: bytes) -> AsyncIterator[bytes]:

@@ -132,6 +132,11 @@ class NutanixView:
         """What changed since the reference, if that is known."""
         return self._changes
 
+    @property
+    def must_be_read(self) -> bool:
+        """See ``MadeReadable``."""
+        return self._changes is None or any(not extent.zero for extent in self._changes)
+
     async def extents(self, since: str | None = None) -> AsyncGenerator[Extent, None]:
         """See ``DiskView``. What changed is known whole before any of it is given."""
         if since is None:
