@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from replicator.errors import SourceError, StateError
+from replicator.log import open_log
 from replicator.prism.types import Kind
 from replicator.sources.nutanix import names
 from replicator.sources.nutanix.ledger import INSTALLATION, Ledger, read_entries
@@ -78,3 +81,16 @@ async def test_a_damaged_journal_is_refused() -> None:
         await Ledger.open(store)
     with pytest.raises(StateError, match="prism/x"):
         read_entries({"prism/x": {"kind": "rp"}})
+
+
+async def test_the_event_log_keeps_the_ledger(tmp_path: Path) -> None:
+    async with open_log(tmp_path / "events") as log:
+        installation = (await Ledger.open(log)).installation
+        await log.journal_put("prism/a/1", {"x": 1})
+        await log.journal_put("prism/b/2", [b"\0"])
+        await log.journal_put("prisn", 3)
+    async with open_log(tmp_path / "events", readonly=True) as log:
+        assert await log.journal_items("prism/") == {"prism/a/1": {"x": 1}, "prism/b/2": [b"\0"]}
+        assert await log.journal_items("prism/b") == {"prism/b/2": [b"\0"]}
+        assert await log.journal_items("x") == {}
+        assert await log.journal_get(INSTALLATION) == installation

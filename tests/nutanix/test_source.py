@@ -375,6 +375,25 @@ async def test_what_cannot_be_taken_down_is_left_to_the_sweep(
     assert not world.groups
 
 
+async def test_a_second_try_within_a_second_has_a_name_of_its_own(
+    world: FakeWorld, targets: FakeTargets, tmp_path: Path
+) -> None:
+    """Else the entry of the first, which may have left something, would be lost."""
+    del targets
+    items: dict[str, Any] = {}
+    prism = FakePrism(world)
+    prism.fails_after["create_volume_group"] = failed_task()
+    async with process(world, items, tmp_path, prism=prism, data_path="iscsi") as source:
+        snapshot = await source.take(FIRST)
+        with pytest.raises(SourceError, match="the task failed"):
+            await snapshot.disks[0].view.read(0, 4)
+        assert await snapshot.disks[0].view.read(0, 4) == b"aaaa"
+        assert len(set(world.objects())) == 3
+        await source.abandon(FIRST)
+    assert world.objects() == []
+    assert list(items) == ["installation"]
+
+
 async def test_a_target_may_appear_late(
     world: FakeWorld, targets: FakeTargets, tmp_path: Path, autojump_clock: Any
 ) -> None:

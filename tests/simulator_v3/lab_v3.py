@@ -41,7 +41,7 @@ class Lab:
     def cluster(self) -> Cluster:
         return self.simulator.cluster("cluster-a")
 
-    async def v3(
+    async def v3(  # noqa: PLR0917 - a call reads as one line
         self,
         client: Client,
         method: str,
@@ -58,7 +58,7 @@ class Lab:
             assert answer.json["code"] == status
         return answer.json
 
-    async def refused(
+    async def refused(  # noqa: PLR0917 - the same
         self, client: Client, method: str, path: str, body: Any, status: int, reason: str
     ) -> str:
         """The message of an error with this status and reason."""

@@ -121,7 +121,6 @@ volume_disk_output: uuid uuid; disk_size_bytes int; disk_size_mib int; index int
 attachment_input: client_secret str; iscsi_initiator_name str; iscsi_initiator_network_id str; vm_reference vm_reference
 attachment_output: enabled_authentications {CHAP|NONE}; iscsi_initiator_name str; iscsi_initiator_network_id str;
   vm_reference vm_reference
-usage: {USER|INTERNAL|TEMPORARY|BACKUP_TARGET|UNKNOWN}
 volume_group_input: attachment_list [attachment_input]; created_by str; disk_list [volume_disk_input];
   flash_mode {ENABLED|DISABLED}; is_hidden bool; iscsi_target_prefix str; load_balance_vm_attachments bool;
   sharing_status {SHARED|NOT_SHARED}; usage_type {USER|INTERNAL|TEMPORARY|BACKUP_TARGET|UNKNOWN}
@@ -169,12 +168,12 @@ hypervisor: ip* ip; num_vms int; hypervisor_full_name str
 controller_vm: ip* ip
 host_resources: hypervisor hypervisor; controller_vm controller_vm; host_type str; serial_number str; num_cpu_sockets int;
   num_cpu_cores int; memory_capacity_mib int
-host: name str; resources empty
+host: name str; resources* empty
 host_def_status: name str; state str; cluster_reference reference; resources* host_resources
 host_intent_resource: metadata* metadata; spec host; status host_def_status
 host_list: api_version* str; metadata* list_metadata; entities [host_intent_resource]
 pc_resources: version* str; pc_vm_list* [any]; type str; cluster_uuid uuid; virtual_ip ip
-prism_central: api_version str; resources* pc_resources
+prism_central: resources* pc_resources
 
 subnet_resources: subnet_type* {VLAN|OVERLAY}; vlan_id int; vswitch_name str; virtual_switch_uuid uuid; is_external bool
 subnet: name* str; description str; cluster_reference cluster_reference; resources* subnet_resources

@@ -136,7 +136,7 @@ async def read(lab: Lab, exposed: Exposed, copy: Path) -> bytes:
     run = partial(subprocess.run, [*words, str(copy)], capture_output=True, check=False)
     finished = await trio.to_thread.run_sync(run)
     assert finished.returncode == 0, finished.stderr
-    return copy.read_bytes()
+    return await trio.to_thread.run_sync(copy.read_bytes)
 
 
 WAYS = {
@@ -202,7 +202,7 @@ async def test_a_full_and_an_incremental(tmp_path: Path, way: str) -> None:
             path = f"/vm_snapshots/{snapshot['metadata']['uuid']}"
             await lab.task(await lab.v3(lab.pe, "DELETE", path, kind="deleted", status=202))
         world = lab.simulator.world
-        assert not (world.snapshots or world.volume_groups or world.images)
+        assert [*world.snapshots, *world.volume_groups, *world.images] == []
 
 
 async def test_regions_hold_every_difference_and_whole_blocks(tmp_path: Path) -> None:
@@ -223,7 +223,7 @@ async def test_regions_hold_every_difference_and_whole_blocks(tmp_path: Path) ->
             if d.backing == disk
         )
         _, regions = await lab.regions(second[disk], first[disk])
-        assert all(offset % BLOCK == 0 and length % BLOCK == 0 for offset, length, _ in regions)
+        assert [r for r in regions if r[0] % BLOCK or r[1] % BLOCK] == []
         inside = {offset + at for offset, length, _ in regions for at in range(0, length, BLOCK)}
         changed = {
             at

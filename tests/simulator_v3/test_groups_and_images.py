@@ -13,7 +13,7 @@ from tests.simulator_v3.lab_v3 import INITIATOR, MIB, SECRET, V3, Lab, digest, r
 
 def _group(lab: Lab, **resources: Any) -> dict[str, Any]:
     spec = {
-        "name": "vg",
+        "name": "VG one",
         "cluster_reference": {"kind": "cluster", "uuid": lab.cluster.uuid},
         "resources": resources,
     }
@@ -44,7 +44,7 @@ async def test_a_blank_group_is_changed_and_put_back(tmp_path: Path) -> None:
         found = await _get(lab, uuid)
         assert found["status"]["resources"]["size_bytes"] == 8 * MIB
         assert [d["index"] for d in found["status"]["resources"]["disk_list"]] == [0, 1]
-        assert found["status"]["resources"]["iscsi_target_name"] == f"vg-{uuid}"
+        assert found["status"]["resources"]["iscsi_target_name"] == f"vg-one-{uuid}"
         body = {name: found[name] for name in ("metadata", "spec")}
         body["spec"]["resources"]["disk_list"] = [
             body["spec"]["resources"]["disk_list"][0],
@@ -150,6 +150,9 @@ async def test_groups_that_are_wrong_are_refused(tmp_path: Path) -> None:
             await lab.refused(lab.pc, "POST", "/volume_groups", body, status, reason)
         assert not lab.simulator.world.volume_groups
         lab.simulator.core.knobs["v3_group_from_url"] = False
+        lab.simulator.core.knobs["v3_group_from_path"] = False
+        by_path = {"name": "vg", "disk_list": [{"clone_spec": {"ndfs_filepath": "/x"}}]}
+        await lab.v2("POST", "/volume_groups", by_path, 422)
         url = {"kind": "vm_disk", "url": f"nfs://{here}/x"}
         body = _group(lab, disk_list=[{"data_source_reference": url}])
         await lab.refused(lab.pc, "POST", "/volume_groups", body, 422, "REQUEST_NOT_SUPPORTED")
@@ -176,7 +179,8 @@ async def test_an_upload_is_checked_and_is_the_only_one(tmp_path: Path) -> None:
     async with running(tmp_path) as lab:
         placed = [{"kind": "cluster", "uuid": lab.cluster.uuid}]
         resources = {"image_type": "DISK_IMAGE", "initial_placement_ref_list": placed}
-        body = {"metadata": {"kind": "image"}, "spec": {"name": "img", "resources": resources}}
+        spec = {"name": "img", "resources": resources}
+        body: dict[str, Any] = {"metadata": {"kind": "image"}, "spec": spec}
         made = await lab.v3(lab.pc, "POST", "/images", body, "accepted_image", 202)
         await lab.task(made)
         uuid = made["metadata"]["uuid"]

@@ -121,17 +121,11 @@ async def test_power_declared_and_ordered(tmp_path: Path) -> None:
     async with running(tmp_path) as lab:
         uuid = lab.vm.uuid
         chosen = str(uuid4())
+        path, order = f"/vms/{uuid}/acpi_shutdown", {"task_uuid": chosen}
         for _ in range(2):  # the same task_uuid is the same task
-            answer = await lab.v3(
-                lab.pc,
-                "POST",
-                f"/vms/{uuid}/acpi_shutdown",
-                {"task_uuid": chosen},
-                "procedural_response",
-                202,
-            )
+            answer = await lab.v3(lab.pc, "POST", path, order, "procedural_response", 202)
             assert answer["task_uuid"] == chosen
-        await lab.task(answer)
+            await lab.task(answer)
         with trio.fail_after(HANG_S):
             while (await _get(lab, uuid))["status"]["resources"]["power_state"] != "OFF":
                 await trio.lowlevel.checkpoint()

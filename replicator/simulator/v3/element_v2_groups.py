@@ -21,6 +21,7 @@ from replicator.simulator.v3.checks import (
 )
 from replicator.simulator.v3.element_v2 import ElementV2, accepted, list_of
 from replicator.simulator.v3.envelope import V3, Json
+from replicator.simulator.v3.groups import target_name
 from replicator.simulator.web import HttpError, Reply, Request
 
 MIB = 1 << 20
@@ -106,7 +107,7 @@ class ElementGroups:
             name=body["name"],
             description=body.get("description", ""),
             cluster=request.cluster or "",
-            target=f"{name}-{made}",
+            target=target_name(name, made),
             load_balanced=body.get("load_balance_vm_attachments", False),
             shared=body.get("is_shared", False),
         )
@@ -131,6 +132,8 @@ class ElementGroups:
                 raise InvalidError(
                     "disk_list: a disk is one of clone_spec and create_spec", "MISSING_ATTRIBUTE"
                 )
+            if clone is not None and not self._v3.knob("v3_group_from_path", default=True):
+                raise InvalidError("disk_list: clone_spec is not known", "REQUEST_NOT_SUPPORTED")
             spec = clone or create or {}
             container = spec.get("container_uuid") or spec.get("storage_container_uuid")
             if clone is not None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -122,7 +123,9 @@ class Groups:
             raise HttpError(409, f"there is a volume_group {uuid} already", "exists")
         resources = spec["resources"]
         prefix = resources.get("iscsi_target_prefix", "")
-        group = VolumeGroup(uuid=uuid, cluster=cluster, target=f"{prefix or spec['name']}-{uuid}")
+        group = VolumeGroup(
+            uuid=uuid, cluster=cluster, target=target_name(prefix or spec["name"], uuid)
+        )
         group.v3 = {"iscsi_target_prefix": prefix} if prefix else {}
         _apply(group, spec)
         clients, vms = _attachments(group, resources.get("attachment_list", []))
@@ -243,6 +246,11 @@ class Groups:
             )
         task = self._v3.core.delete_group(group.uuid, **self._v3.common(request))
         return self._v3.deleted("volume_group", uuid, task)
+
+
+def target_name(prefix: str, uuid: str) -> str:
+    """The group's part of its targets' names: iSCSI knows lower case, digits, points, colons and dashes only."""
+    return re.sub(r"[^a-z0-9.:-]+", "-", f"{prefix}-{uuid}".lower())
 
 
 def _apply(group: VolumeGroup, spec: Json) -> None:

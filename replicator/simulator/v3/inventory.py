@@ -48,7 +48,7 @@ class Inventory:
             "virtual_ip": self._v3.world.address,
             "pc_vm_list": [],
         }
-        return Reply(200, {"api_version": API_VERSION, "resources": resources})
+        return Reply(200, {"resources": resources})
 
     # Clusters and hosts
 

@@ -167,8 +167,7 @@ def _central(v3: V3, vms: Vms, inventory: Inventory, users: Users) -> list[Row]:
         ("POST", "/volume_groups/list", groups.list_all, _VIEW_GROUP),
         ("GET", "/volume_groups/{uuid}", groups.get, _VIEW_GROUP),
         ("POST", "/volume_groups", groups.create, _NEW_GROUP),
-        # Who may detach may change a group in this way only: v3 has no call of its own for it.
-        ("PUT", "/volume_groups/{uuid}", groups.update, _CLOSE_GROUP),
+        ("PUT", "/volume_groups/{uuid}", groups.update, _CHANGE_GROUP),
         ("DELETE", "/volume_groups/{uuid}", groups.delete, _DROP_GROUP),
         ("POST", "/clusters/list", inventory.list_clusters, "View_Cluster"),
         ("GET", "/clusters/{uuid}", inventory.get_cluster, "View_Cluster"),
@@ -211,7 +210,7 @@ def _element_v2(v3: V3) -> list[Row]:
         ("GET", "/volume_groups", groups.list_all, _VIEW_GROUP),
         ("POST", "/volume_groups", groups.create, _NEW_GROUP),
         ("GET", "/volume_groups/{group}", groups.get, _VIEW_GROUP),
-        ("PUT", "/volume_groups/{group}", groups.update, _CLOSE_GROUP),
+        ("PUT", "/volume_groups/{group}", groups.update, _CHANGE_GROUP),
         ("DELETE", "/volume_groups/{group}", groups.delete, _DROP_GROUP),
         ("POST", "/volume_groups/{group}/disks", groups.add_disk, "Create_Volume_Group_Disk"),
         (

@@ -67,12 +67,15 @@ class Making:
     async def intend(self, kind: Kind) -> Entry:
         """Write down that an object of this kind is about to be made; its name is taken from now on."""
         now = self.site.clock()
-        name = ObjectName(
-            self.site.ledger.installation, self.wanted.push_id, kind, now, self.wanted.number
+        name = await self.site.ledger.unused(
+            self.wanted.snapshot.vm,
+            ObjectName(
+                self.site.ledger.installation, self.wanted.push_id, kind, now, self.wanted.number
+            ),
         )
         entry = Entry(
             kind=kind,
-            name=str(name),
+            name=name,
             request_id=str(uuid4()),
             vm=self.wanted.snapshot.vm,
             cluster=self.wanted.snapshot.cluster,

@@ -8,6 +8,7 @@ the process; a later one makes a new object.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, Protocol
@@ -128,6 +129,15 @@ class Ledger:
         return read_entries(
             await self._store.journal_items(OBJECTS if vm is None else f"{OBJECTS}{vm}/")
         )
+
+    async def unused(self, vm: str, name: names.ObjectName) -> str:
+        """This name, or the same with a later time: an attempt that failed a moment ago may have left an object of that name, and
+        its entry must stay.
+        """
+        taken = {entry.name for entry in await self.entries(vm)}
+        while str(name) in taken:
+            name = dataclasses.replace(name, made_at_us=name.made_at_us + 1_000_000)
+        return str(name)
 
     async def write(self, entry: Entry) -> None:
         """Write it down, or what is new of it; durable on return."""

@@ -203,11 +203,9 @@ class NutanixSource:
         site = self._site
         now = site.clock()
         expires_at_us = plan.expiry_us(now, site.settings.interval_s, site.settings.outage_s)
-        # Two within a second are two names all the same.
-        taken = {entry.name for entry in await self._entries()}
-        made_at_us = now
-        while (text := str(self._object_name(name, made_at_us))) in taken:
-            made_at_us += 1_000_000
+        text = await site.ledger.unused(
+            vm.uuid, ObjectName(site.ledger.installation, name.push_id, Kind.SNAPSHOT, now)
+        )
         entry = Entry(
             kind=Kind.SNAPSHOT,
             name=text,
@@ -233,10 +231,6 @@ class NutanixSource:
                 )
             self._tell(f"{vm.name}: Prism made the snapshot crash-consistent only")
         return entry
-
-    def _object_name(self, name: SnapshotName, made_at_us: int) -> ObjectName:
-        installation = self._site.ledger.installation
-        return ObjectName(installation, name.push_id, Kind.SNAPSHOT, made_at_us)
 
     def _described(self, entry: Entry, vm: Vm, snapshot: VmSnapshot) -> Entry:
         return msgspec.structs.replace(

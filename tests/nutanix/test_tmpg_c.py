@@ -145,7 +145,6 @@ class Run:
             tasks = self.simulator.world.tasks
             while any(task.completed_at is None for task in tasks.values()):
                 await trio.lowlevel.checkpoint()
-        import logging; logging.getLogger("replicator.x").debug("SETTLE newest=%s objs=%s led=%s", self.newest, [(s.name,s.uuid) for s in self.simulator.world.snapshots.values()], await self.lab.site.ledger.entries())
         await self.lab.source().sweep(None, self.newest)
         wanted = [] if self.newest is None else [self.newest]
         assert [each.split("-")[2] for each in objects(self.simulator)] == wanted
@@ -160,9 +159,9 @@ async def test_random_faults_on_the_cluster(api: Api, tmp_path: Path) -> None:
     settings: dict[str, Any] = {"cleanup_s": float(HANG_S)}
     async with (
         running_simulator(tmp_path / "simulator", scenario(2, SIZES)) as simulator,
-        site_on(simulator, api, store, work, **settings) as site,
+        site_on(simulator, api, store, work, waits=HARSH, **settings) as site,
     ):
-        run = Run(simulator, SimulatedLab(simulator, site), random.Random(api))
+        run = Run(simulator, SimulatedLab(simulator, site), random.Random(api + "c"))
         for number in range(RUNS):
             await run.write()
             await run.cycle(f"r{number}")
