@@ -180,6 +180,16 @@ class Endpoint:
             _logger.debug("%s; again in %.1f s", error, wait_s)
             await trio.sleep(wait_s)
 
+    async def whole_file(self, path: str, what: str) -> AsyncGenerator[bytes, None]:
+        """The bytes of a file, piece by piece. Raises PrismAnswerError at the end of one that is shorter than was said."""
+        async with self.download(path) as (length, pieces):
+            came = 0
+            async for piece in pieces:
+                came += len(piece)
+                yield piece
+            if length is not None and came != length:
+                raise PrismAnswerError(f"{self.where}: {what} ended after {came} of {length} bytes")
+
     @asynccontextmanager
     async def download(
         self, path: str, *, timeout_s: float | None = None

@@ -10,7 +10,6 @@ from uuid import UUID
 
 from replicator.prism.endpoint import Hosts, segment
 from replicator.prism.errors import (
-    PrismAnswerError,
     PrismNotFoundError,
     PrismPermissionError,
     PrismRefusedError,
@@ -206,15 +205,9 @@ class PrismV3:
     async def image_file(self, uuid: str) -> AsyncGenerator[bytes, None]:
         """As ``Prism.image_file``."""
         path = f"{V3}/images/{segment(uuid)}/file"
-        async with self._hosts.central.download(path) as (length, pieces):
-            came = 0
+        async with aclosing(self._hosts.central.whole_file(path, f"image {uuid}")) as pieces:
             async for piece in pieces:
-                came += len(piece)
                 yield piece
-            if length is not None and came != length:
-                raise PrismAnswerError(
-                    f"{self._central.where}: image {uuid} ended after {came} of {length} bytes"
-                )
 
     async def create_volume_group(
         self,

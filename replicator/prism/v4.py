@@ -4,10 +4,11 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from uuid import UUID
 
 from replicator.prism.endpoint import Hosts, segment
-from replicator.prism.errors import PrismAnswerError, PrismNotFoundError, PrismRefusedError
+from replicator.prism.errors import PrismNotFoundError, PrismRefusedError
 from replicator.prism.types import (
     Access,
     Attachment,
@@ -152,15 +153,9 @@ class PrismV4:
     async def image_file(self, uuid: str) -> AsyncGenerator[bytes, None]:
         """As ``Prism.image_file``."""
         path = await self._calls.versions.path("vmm", f"content/images/{segment(uuid)}/file")
-        async with self._hosts.central.download(path) as (length, pieces):
-            got = 0
+        async with aclosing(self._hosts.central.whole_file(path, f"image {uuid}")) as pieces:
             async for piece in pieces:
-                got += len(piece)
                 yield piece
-            if length is not None and got != length:
-                raise PrismAnswerError(
-                    f"{self._calls.central.where}: image {uuid}: {got} bytes of {length}"
-                )
 
     async def create_volume_group(
         self,
