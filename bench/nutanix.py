@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import statistics
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 from uuid import uuid4
 
 import trio
@@ -33,15 +34,18 @@ from replicator.sources.nutanix.settings import NutanixSettings
 from replicator.sources.nutanix.site import NutanixSite, make_secrets, open_site
 from replicator.sources.nutanix.source import NutanixSource
 
-PARTS: Final = ("full", "scale", "budget", "start")
+PARTS: Final = ("full", "increment", "scale", "budget", "start")
 INITIATOR: Final = "iqn.2026-01.org.example:bench"
 PASSWORD: Final = "of-a-simulator"  # noqa: S105 - what it says
 CHUNK: Final = MIB
 _READERS: Final = 8
 LEAST: Final = 0.8
+#: How much of a Full an Incremental may be, at the most.
+INCREMENT_MAX: Final = 0.15
 REQUESTS_MAX: Final = 25
 PRISM_S_MAX: Final = 50
 START_S_MAX: Final = 0.2
+_APIS: Final[tuple[Literal["v3", "v4"], ...]] = ("v3", "v4")
 
 
 class Journal:
@@ -88,9 +92,10 @@ class Lab:
         backing = self.vm(name)["disks"][index]["backing"]
         return self.folder / "disks" / f"{backing}.raw"
 
-    def settings(self, rate_rpm: int = 0) -> PrismSettings:
+    def settings(self, rate_rpm: int = 0, api: Literal["v3", "v4"] = "v4") -> PrismSettings:
         """How to reach it."""
         return PrismSettings(
+            api_version=api,
             host=self.world["address"],
             ca=self.folder / "ca.pem",
             account=Account("backup", PASSWORD),
@@ -140,7 +145,12 @@ def _remove_images(folder: Path) -> None:
 
 @asynccontextmanager
 async def site(
-    lab: Lab, *, rate_rpm: int = 0, depth: int = 16, read_size: int = 256 << 10
+    lab: Lab,
+    *,
+    rate_rpm: int = 0,
+    depth: int = 16,
+    read_size: int = 256 << 10,
+    api: Literal["v3", "v4"] = "v4",
 ) -> AsyncIterator[tuple[Prism, NutanixSite]]:
     """The client, and what sources are made over."""
     work = lab.folder / "work"
@@ -149,14 +159,17 @@ async def site(
         initiator=INITIATOR, working_dir=work, depth=depth, read_size=read_size
     )
     async with (
-        open_prism(lab.settings(rate_rpm)) as prism,
+        open_prism(lab.settings(rate_rpm, api)) as prism,
         open_site(prism, Journal(), settings) as found,
     ):
         yield prism, found
 
 
-async def copy(view: DiskView, out: Path | None) -> int:
-    """Read a whole disk as a backup does: its extents, a chunk at a time, several in flight. Returns the bytes read."""
+async def copy(view: DiskView, out: Path | None, since: str | None = None) -> int:
+    """Read a disk as a backup does: its extents, a chunk at a time, several in flight. Returns the bytes read.
+
+    ``since``: what changed alone, onto what ``out`` holds.
+    """
     send, receive = trio.open_memory_channel[tuple[int, int]](_READERS)
     fd = os.open(out, os.O_WRONLY | os.O_CREAT, 0o600) if out is not None else -1
     if fd >= 0:
@@ -176,7 +189,13 @@ async def copy(view: DiskView, out: Path | None) -> int:
         async with trio.open_nursery() as nursery, send, receive:
             for _ in range(_READERS):
                 nursery.start_soon(work, receive.clone())
-            async for extent in view.extents():
+            async for extent in view.extents(since):
+                if extent.zero:
+                    if fd >= 0:
+                        await trio.to_thread.run_sync(
+                            os.pwrite, fd, bytes(extent.length), extent.offset
+                        )
+                    continue
                 for at in range(extent.offset, extent.end, CHUNK):
                     await send.send((at, min(CHUNK, extent.end - at)))
             await send.aclose()
@@ -290,6 +309,52 @@ async def full(folder: Path, shrink: int, pairs: int) -> list[Result]:
     }
     result.floors["speed / qemu-img convert"] = (paired_ratio(theirs, ours), LEAST)
     return [result]
+
+
+async def increment(folder: Path, shrink: int, pairs: int) -> list[Result]:
+    """A VM of two disks, 2 GiB together: a Full and an Incremental after files were changed, through v3 and v4."""
+    del pairs
+    size = GIB // shrink
+    results = []
+    async with lab(folder / "increment", {"two": [size, size]}) as found:
+        vm = found.vm("two")["uuid"]
+        for api in _APIS:
+            result = Result(
+                f"nutanix/increment/{api}",
+                "two disks of 1 GiB; 200 places of 4 to 64 KiB written between; bytes compared",
+            )
+            async with site(found, api=api) as (_, nutanix):
+                source, bytes_read = NutanixSource(nutanix, vm), []
+                first, second = (uuid4().hex[:16] for _ in range(2))
+                for name in (SnapshotName(first, None), SnapshotName(second, first)):
+                    started, total = time.perf_counter(), 0
+                    snapshot = await source.take(name)
+                    for index, disk in enumerate(snapshot.disks):
+                        out = folder / f"copy-{index}.raw"
+                        total += await copy(disk.view, out, name.reference)
+                        await same(found.disk_file("two", index), out)
+                    await snapshot.aclose()
+                    await source.confirm(name)
+                    what = "Full" if name.reference is None else "Incremental"
+                    result.figures[f"{what}: MiB, s"] = [total / MIB, time.perf_counter() - started]
+                    bytes_read.append(total)
+                    await trio.to_thread.run_sync(_scribble, found, size)
+                await source.sweep(None, None)
+            for index in range(2):
+                (folder / f"copy-{index}.raw").unlink()
+            result.ratios["Incremental / Full"] = (bytes_read[1] / bytes_read[0], INCREMENT_MAX)
+            results.append(result)
+    return results
+
+
+def _scribble(found: Lab, size: int) -> None:
+    """What happens to files: small writes at many places, on both disks."""
+    places = random.Random(7)
+    for index in range(2):
+        with found.disk_file("two", index).open("r+b") as file:
+            for _ in range(100):
+                length = places.randrange(4 << 10, 64 << 10)
+                os.pwrite(file.fileno(), os.urandom(length), places.randrange(size - length))
 
 
 async def scale(folder: Path, shrink: int, pairs: int) -> list[Result]:
@@ -418,7 +483,7 @@ async def run(folder: Path, shrink: int, pairs: int, part: str | None = None) ->
     """All parts, or one."""
     results: list[Result] = []
     parts: dict[str, Callable[[Path, int, int], Awaitable[list[Result]]]] = {
-        "full": full, "scale": scale, "budget": budget, "start": start,
+        "full": full, "increment": increment, "scale": scale, "budget": budget, "start": start,
     }  # fmt: skip
     for name in PARTS if part is None else (part,):
         results += await parts[name](folder, shrink, pairs)

@@ -27,7 +27,16 @@ from tests.sources.simulated import WAITS, Api, SimulatedLab, objects, scenario,
 GRAIN: Final = 64 << 10
 RUNS: Final = 50
 SIZES: Final = (24 * GRAIN, 17 * GRAIN + 512)
-HARSH: Final = dataclasses.replace(WAITS, retry_s=0.0, settle_s=0.0)
+#: Nor is anything waited for that does not come.
+HARSH: Final = dataclasses.replace(
+    WAITS,
+    retry_s=0.0,
+    settle_s=0.0,
+    snapshot_s=3.0,
+    snapshot_application_s=3.0,
+    group_s=3.0,
+    delete_s=3.0,
+)
 FAULTS: Final[tuple[Kind, ...]] = (
     "rate-limit",
     "rate-limit-400",
