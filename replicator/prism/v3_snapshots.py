@@ -143,13 +143,15 @@ class Snapshots:
     async def _complete(self, uuid: str, timeout_s: float) -> Node:
         """The snapshot once its files are told: they may come later than its task ends."""
         deadline = trio.current_time() + timeout_s
+        # One that is not there this long after its task has ended has expired, or was deleted.
+        missing_until = trio.current_time() + min(timeout_s, self._waits.settle_s)
         for gap_s in itertools.chain(self._waits.poll_s, itertools.repeat(self._waits.poll_s[-1])):
             try:
                 node = await self._element.get(f"{_PATH}/{segment(uuid)}")
                 if is_complete(node):
                     return node
             except PrismNotFoundError:
-                if trio.current_time() + gap_s > deadline:
+                if trio.current_time() + gap_s > missing_until:
                     raise
             if trio.current_time() + gap_s > deadline:
                 raise PrismTaskError(

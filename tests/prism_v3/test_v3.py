@@ -282,6 +282,22 @@ async def test_tasks_are_looked_at_one_by_one_where_they_cannot_be_polled(tmp_pa
     assert script.count("GET /api/nutanix/v3/tasks/a-task") == 1
 
 
+async def test_a_snapshot_that_is_gone_after_its_task_is_not_waited_for_as_long_as_one_may_take(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    del autojump_clock
+
+    def gone(asked: Asked) -> Said | None:
+        looked = asked.method == "GET" and "/vm_snapshots/" in asked.path
+        return refused(404, "ENTITY_NOT_FOUND") if looked else None
+
+    async with client(tmp_path, Fake(before=gone)) as (prism, _):
+        started = trio.current_time()
+        with pytest.raises(PrismNotFoundError):
+            await taken(prism)
+        assert trio.current_time() - started < 120
+
+
 async def test_a_snapshot_can_be_kept_longer_and_deleted_twice(tmp_path: Path) -> None:
     fake = Fake()
     async with client(tmp_path, fake) as (prism, _):
