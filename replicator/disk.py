@@ -71,7 +71,7 @@ class MadeReadable(Protocol):
 
     @property
     def must_be_read(self) -> bool:
-        """Whether what changed has data, so that it is made readable anyway. If not, nothing of it should be read."""
+        """Whether what changed has data, so that it is made readable anyway. If not, it should seldom be read."""
         ...
 
 

@@ -25,6 +25,10 @@ from replicator.nursery import flat_nursery
 
 #: How long the commit waits for a sample that is not read yet when everything is sent, seconds.
 GRACE_S = 0.25
+#: A disk that would be made readable for its sample alone is sampled in one cycle of so many, chosen at random. The commit then
+#: waits longer: in seconds.
+IDLE_EVERY = 12
+IDLE_GRACE_S = 120.0
 #: Grains that are read at once.
 _READS = 4
 #: Grains drawn for each one that is wanted: as many as are found to have changed can be left out.
@@ -63,9 +67,9 @@ class Sample:
 
 @asynccontextmanager
 async def sampling(
-    disks: Sequence[Tracked], size: int, rng: random.Random
+    disks: Sequence[Tracked], size: int, rng: random.Random, grace_s: float = GRACE_S
 ) -> AsyncIterator[Sample]:
-    """Sample ``size`` bytes of what the disks' tracking calls unchanged while the block runs, and at most GRACE_S after it.
+    """Sample ``size`` bytes of what the disks' tracking calls unchanged while the block runs, and at most ``grace_s`` after it.
 
     The positions are uniform over all grains of all disks that tracking calls unchanged, holes among them. Memory follows
     the number of grains sampled. Raises ChangesMissedError at the end of the block if one has changed, DamageError if a map
@@ -90,7 +94,7 @@ async def sampling(
         async with flat_nursery() as nursery:
             nursery.start_soon(run)
             yield sample
-            with trio.move_on_after(GRACE_S):
+            with trio.move_on_after(grace_s):
                 await done.wait()
             nursery.cancel_scope.cancel()
     finally:

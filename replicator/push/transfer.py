@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import trio
 
 from replicator.config import Config
-from replicator.disk import MadeReadable
+from replicator.disk import DiskView, MadeReadable
 from replicator.domain.model import PointDisk
 from replicator.errors import SnapshotGoneError, WireError
 from replicator.imagemap import vm_root
@@ -22,7 +22,7 @@ from replicator.push.connection import Connection
 from replicator.push.files import PushFiles
 from replicator.push.journal import PushEntry
 from replicator.push.progress import Progress
-from replicator.push.sampling import Tracked, sampling
+from replicator.push.sampling import GRACE_S, IDLE_EVERY, IDLE_GRACE_S, Tracked, sampling
 from replicator.push.sender import DiskJob, Sender
 from replicator.sources.base import Snapshot
 from replicator.wire import messages as m
@@ -93,7 +93,10 @@ class Transfer:
             for job in jobs:  # where it is taken up
                 report(job, job.spool.writer.disk_end)
             size = self.config.verify_sample_mib << 20
-            async with sampling(self._tracked(entry, jobs), size, self.rng) as sample:
+            idle_too = self.rng.randrange(IDLE_EVERY) == 0
+            tracked = self._tracked(entry, jobs, idle_too=idle_too)
+            grace_s = IDLE_GRACE_S if any(_is_idle(each.view) for each in tracked) else GRACE_S
+            async with sampling(tracked, size, self.rng, grace_s) as sample:
                 sender = Sender(connection, self._compression, self.cpus, report)
                 await sender.send(
                     jobs, at_once=min(self.config.concurrent_disks, connection.disks_at_once)
@@ -138,13 +141,14 @@ class Transfer:
                 return ready
         raise WireError("the receiver cannot go on where this side can")
 
-    def _tracked(self, entry: PushEntry, jobs: list[DiskJob]) -> list[Tracked]:
-        """The disks whose changes are told by change tracking; not those that would be made readable for a sample alone."""
+    def _tracked(self, entry: PushEntry, jobs: list[DiskJob], *, idle_too: bool) -> list[Tracked]:
+        """The disks whose changes are told by change tracking. ``idle_too``: also those that nothing is read of but the sample,
+        though they must be made readable for it.
+        """
         return [
             Tracked(disk.disk, job.view, job.since, self.files.known_map(disk), entry.parent)
             for disk, job in zip(entry.disks or (), jobs, strict=True)
-            if job.since is not None
-            and (not isinstance(job.view, MadeReadable) or job.view.must_be_read)
+            if job.since is not None and (idle_too or not _is_idle(job.view))
         ]
 
     def _progress(self, jobs: list[DiskJob]) -> Callable[[DiskJob, int], None]:
@@ -193,6 +197,11 @@ class Transfer:
 def since_us(started_us: int) -> int:
     """How long it took, by the wall clock, which may have been set back meanwhile."""
     return max(0, time.time_ns() // 1000 - started_us)
+
+
+def _is_idle(view: DiskView) -> bool:
+    """Whether it would be made readable for a sample alone."""
+    return isinstance(view, MadeReadable) and not view.must_be_read
 
 
 __all__ = ["Tally", "Transfer", "since_us"]

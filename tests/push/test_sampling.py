@@ -108,15 +108,19 @@ class Costly(lab.TrackedView):
         return bool(self.changed)
 
 
-async def test_a_disk_is_not_made_readable_for_a_sample_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("turn", [0, 1])
+async def test_a_disk_is_seldom_made_readable_for_a_sample_alone(
+    turn: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """One cycle of many reads it also where nothing changed: tracking that always says so would never be found out."""
     monkeypatch.setattr(lab, "TrackedView", Costly)
     async with pair(tmp_path) as (_, sx):
+        monkeypatch.setattr(sx.site.pusher.transfer.rng, "randrange", lambda _: turn)
         before = sx.source.bytes_read
         await sx.site.push(Want.PUSH)
-        assert sx.source.bytes_read == before
+        assert sx.source.bytes_read == before + (SIZE if turn == 0 else 0)
         sx.write("disk-0", 0, grain("new"))
+        before = sx.source.bytes_read
         await sx.site.push(Want.PUSH)
         assert sx.source.bytes_read == before + SIZE, "the change, and all else as a sample"
 
