@@ -61,6 +61,8 @@ def is_iqn(name: str) -> bool:
 
 def _host_port(text: str) -> tuple[str, int | None]:
     """``host``, ``host:port``, a bare IPv6 address, or one in brackets. Raises ValueError."""
+    if not text.isprintable():
+        raise ValueError("a character that no address has")
     match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.]+)\]|([^][:\s/@]+))(?::([0-9]{1,5}))?", text)
     if match is None:
         return str(ipaddress.IPv6Address(text)), None

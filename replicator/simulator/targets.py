@@ -99,13 +99,17 @@ class Daemon:
         return done.returncode == 0
 
     def _run(self, *words: str) -> subprocess.CompletedProcess[bytes]:
-        return subprocess.run(
-            ["tgtadm", "-C", str(_CONTROL), "--lld", "iscsi", *words],
-            env=self._env,
-            capture_output=True,
-            timeout=_ADM_TIMEOUT_S,
-            check=False,
-        )
+        try:
+            return subprocess.run(
+                ["tgtadm", "-C", str(_CONTROL), "--lld", "iscsi", *words],
+                env=self._env,
+                capture_output=True,
+                timeout=_ADM_TIMEOUT_S,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            # Not its own words: they hold the command, which may hold a secret.
+            raise ReplicatorError(f"tgtd on {self.address} does not answer") from None
 
     def admin(self, *words: str) -> None:
         """Run tgtadm. Raises ReplicatorError with what it said; secrets are not in it."""

@@ -23,6 +23,7 @@ CASES: list[tuple[dict[str, object], str]] = [
     ({"dr_port": 65536}, r"dr_port: expected a whole number from 1 to 65535$"),
     ({"vcpu": "two"}, r"vcpu: expected a whole number from 1 to 1024$"),
     ({"prism_central": "x" * 256}, r"prism_central: expected 1 to 255 characters$"),
+    ({"prism_central": "a\0b"}, r"prism_central: expected HOST or HOST:PORT$"),
     ({"push_apply_remote": "maybe"}, r"push_apply_remote: expected yes or no"),
     ({"state_dir": "relative/state"}, r"state_dir: expected an absolute path"),
     ({"source": "vmware"}, r"source: expected one of image, nutanix, qemu$"),

@@ -3,15 +3,19 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 from pathlib import Path
 
+import pytest
 import trio
 
+from replicator.simulator import targets
 from replicator.simulator.core import Core
 from replicator.simulator.model import GroupDisk, IscsiClient, VolumeGroup
 from tests.limits import HANG_S
-from tests.simulator.core_lab import MIB, done, guest, make_vm, small_core, snapshot
+from tests.simulator.core_lab import MIB, done, failed, guest, make_vm, small_core, snapshot
 
 ME = "iqn.2026-01.org.example:me"
 OTHER = "iqn.2026-01.org.example:other"
@@ -137,3 +141,15 @@ async def test_disks_are_spread_over_the_targets_and_the_cvms(tmp_path: Path) ->
         found = await read("iqn.2010-06.com.nutanix:drx-1-abc-tgt1", SECRET, copy)
         assert found.returncode == 0, found.stderr
         assert copy.read_bytes() == bytes(MIB)
+
+
+async def test_a_daemon_that_hangs_fails_the_task_and_not_the_simulator(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(targets, "_ADM_TIMEOUT_S", 0.05)
+    async with small_core(tmp_path / "sim") as core:
+        await attached(core)
+        daemon = core.targets._daemons[PORTAL, 3260]
+        os.kill(daemon._process.pid, signal.SIGSTOP)
+        assert "does not answer" in await failed(core.detach_client("vg", "ic"))
+        os.kill(daemon._process.pid, signal.SIGCONT)
