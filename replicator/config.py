@@ -289,6 +289,11 @@ def _check_prism(config: Config, *, port_given: bool) -> None:
     elif (config.password or config.passfile is not None) and not config.user:
         key = "password" if config.password else "passfile"
         raise UsageError(f"user: missing; it says whose password {key} gives")
+    if config.data_path == "rest" and config.prism_api_version == "v4":
+        raise UsageError(
+            "data_path: rest cannot be had with prism_api_version = v4, which makes no image of a snapshot's disk;"
+            " set data_path = iscsi or prism_api_version = v3"
+        )
     if config.prism_insecure and config.prism_ca_cert is not None:
         raise UsageError("prism_ca_cert: contradicts prism_insecure, which checks no certificate")
     if bool(config.prism_element_user) != (config.prism_element_passfile is not None):

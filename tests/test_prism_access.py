@@ -164,6 +164,10 @@ PASSWORD = {"user": "u", "password": "p"}
         ({"prism_api_key": "/k", "user": "u"}, "prism_api_key: contradicts user"),
         ({"prism_api_key": "/k", "password": "p"}, "prism_api_key: contradicts password"),
         ({"prism_api_key": "/k", "prism_api_version": "v3"}, "prism_api_key: v3 takes no API"),
+        (
+            {"data_path": "rest", "prism_api_version": "v4"},
+            "data_path: rest cannot be had with prism_api_version = v4",
+        ),
         ({"prism_insecure": "yes", "prism_ca_cert": "/c"}, "prism_ca_cert: contradicts prism_ins"),
         ({"prism_element_user": "u"}, "prism_element_passfile: missing"),
         ({"prism_element_passfile": "/p"}, "prism_element_user: missing"),

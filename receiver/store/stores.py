@@ -145,7 +145,9 @@ class Stores:
             # The VM itself may be in the log without a store, if making its folder failed last time.
             if vm.name == name and vm.vm != str(uuid):
                 raise PushRefusedHereError(
-                    "unknown-vm", f"another VM ({vm.vm}) is called {name} here already"
+                    "unknown-vm",
+                    f"another VM ({vm.vm}) is called {name} here already: rename one of them on the platform, or leave this"
+                    " one out (exclude)",
                 )
 
 

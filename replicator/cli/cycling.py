@@ -11,6 +11,8 @@ import trio
 from eventsourcing.persistence import PersistenceError
 
 from replicator.cli.failures import explain
+from replicator.cli.logs import WORKING_FOR
+from replicator.cli.text import one_line
 from replicator.domain.model import PushKind
 from replicator.errors import FencedError, PeerRefusedError, ReplicatorError
 from replicator.push.plan import Want
@@ -34,7 +36,7 @@ async def cycles(push_one: Callable[[Want], Awaitable[Outcome | None]], interval
         except (ReplicatorError, PersistenceError, OSError) as error:
             if is_fenced(error):
                 raise
-            _logger.error("this cycle failed: %s", explain(error).text)
+            _logger.error("%sthis cycle failed: %s", whose(), explain(error).text)
         else:
             # A seed takes what it takes: it is not what push_interval is about.
             if outcome is None or outcome.point.kind is PushKind.CYCLE:
@@ -45,6 +47,12 @@ async def cycles(push_one: Callable[[Want], Awaitable[Outcome | None]], interval
         await trio.sleep_until(due)
 
 
+def whose() -> str:
+    """The VM that this task works for, to begin a line with: an error may name it without saying that it is the one."""
+    vm = WORKING_FOR.get()
+    return f"{one_line(vm)}: " if vm else ""
+
+
 def is_fenced(error: Exception) -> bool:
     """Whether a push was refused because the VM failed over: no later cycle can succeed."""
     if isinstance(error, PeerRefusedError):
@@ -52,4 +60,4 @@ def is_fenced(error: Exception) -> bool:
     return isinstance(error, FencedError)
 
 
-__all__ = ["cycles", "is_fenced"]
+__all__ = ["cycles", "is_fenced", "whose"]

@@ -16,7 +16,7 @@ import trio
 from eventsourcing.persistence import PersistenceError
 
 from replicator import durable
-from replicator.cli.cycling import cycles
+from replicator.cli.cycling import cycles, whose
 from replicator.cli.failures import explain
 from replicator.cli.logs import WORKING_FOR
 from replicator.cli.source import ChosenVm, OpenSources
@@ -97,14 +97,13 @@ class Result:
         return vm_failure(self.member.vm, self.error)
 
 
-def vm_failure(vm: ChosenVm, error: BaseException) -> dict[str, Any]:
+def vm_failure(vm: ChosenVm, error: Exception) -> dict[str, Any]:
     """VmFailure of docs/json.md."""
-    failure = explain(error)
     return {
         "vm": vm.name,
         "uuid": str(vm.uuid),
-        "error": failure.text,
-        "exit_code": failure.exit_code,
+        "error": explain(error).text,
+        "exit_code": explain(error).exit_code,
     }
 
 
@@ -268,7 +267,7 @@ class Fleet:
                     await cycles(push, self.config.push_interval)
                 except RefusedError as error:
                     member.failed = error
-                    _logger.error("it is not pushed any more: %s", error)
+                    _logger.error("%sit is not pushed any more: %s", whose(), explain(error).text)
                     if all(each.failed is not None for each in self.members):
                         raise
                 nursery.cancel_scope.cancel()

@@ -24,6 +24,7 @@ from replicator.health.findings import (
     judge_clock,
     judge_clusters,
     no_data_services,
+    no_rest_by_v4,
     soften,
 )
 from replicator.iscsi import IscsiError, IscsiSettings, Portal, discover
@@ -234,6 +235,8 @@ class _Checking:
 
     async def _judge_data_services(self) -> list[Finding]:
         if not self._wanted.iscsi:
+            if self.prism is not None and self.prism.capability is Capability.V4:
+                return [no_rest_by_v4()]
             return [Finding(State.OK, "not needed: data_path = rest")]
         portal = self._wanted.data_services
         ours = self._ours()

@@ -161,14 +161,18 @@ def judge_clusters(clusters: Sequence[Cluster], wanted: str) -> list[Finding]:
 
 
 def judge_access(access: Sequence[Access]) -> list[Finding]:
-    """One finding for each duty: what the account lacks, what cannot be seen, or that it has all."""
+    """One finding for each duty: what the account lacks, what cannot be seen, or that it has all; and each other obstacle."""
     found = []
     for duty in dict.fromkeys(item.duty for item in access):
         items = [item for item in access if item.duty == duty]
-        lacking = [item for item in items if item.granted is False]
+        obstacles = [item for item in items if item.granted is False and item.remedy]
+        lacking = [item for item in items if item.granted is False and not item.remedy]
+        found += [
+            Finding(State.FAILED, f"{duty}: {each.detail}", each.remedy) for each in obstacles
+        ]
         unseen = [item for item in items if item.granted is None]
         if lacking:
-            names = ", ".join(dict.fromkeys(item.lacks or "a permission" for item in lacking))
+            names = _names(lacking) or "a permission"
             found.append(
                 Finding(
                     State.FAILED,
@@ -177,7 +181,7 @@ def judge_access(access: Sequence[Access]) -> list[Finding]:
                 )
             )
         elif unseen:
-            names = ", ".join(dict.fromkeys(item.lacks for item in unseen if item.lacks))
+            names = _names(unseen)
             what = f" ({names})" if names else ""
             found.append(
                 Finding(
@@ -186,9 +190,15 @@ def judge_access(access: Sequence[Access]) -> list[Finding]:
                     "if a job fails with a missing permission, give the account's role that one",
                 )
             )
-        else:
+        elif not obstacles:
             found.append(Finding(State.OK, f"{duty}: {items[-1].detail}"))
     return found or [Finding(State.WARNING, "Prism told nothing of the account's rights")]
+
+
+def _names(items: Iterable[Access]) -> str:
+    """All that they lack, each once."""
+    names = [name for item in items if item.lacks for name in item.lacks.split(", ")]
+    return ", ".join(dict.fromkeys(names))
 
 
 def no_data_services(cluster: str) -> Finding:
@@ -197,6 +207,15 @@ def no_data_services(cluster: str) -> Finding:
         State.FAILED,
         f"{cluster}: it has no data services address (DSIP)",
         "set the iSCSI Data Services IP in the cluster's details in Prism, or give dsip",
+    )
+
+
+def no_rest_by_v4() -> Finding:
+    """Disks are to be read over REST alone, and the interface that is spoken cannot."""
+    return Finding(
+        State.FAILED,
+        "data_path = rest cannot be had: Prism speaks v4, which makes no image of a snapshot's disk",
+        "set data_path = iscsi or prism_api_version = v3",
     )
 
 
@@ -221,6 +240,7 @@ __all__ = [
     "judge_clock",
     "judge_clusters",
     "no_data_services",
+    "no_rest_by_v4",
     "remedy_for",
     "soften",
     "worst",

@@ -7,7 +7,6 @@ Knows paths and bodies of no API; v3 and v4 are built on it.
 from __future__ import annotations
 
 import base64
-import logging
 import ssl
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import asynccontextmanager
@@ -39,13 +38,12 @@ from replicator.prism.errors import (
     PrismUnreachableError,
 )
 from replicator.prism.meters import Meters, endpoint_name
+from replicator.prism.outage import Outage
 from replicator.prism.problems import clean, problem, read_error, secrets_in
 from replicator.prism.rate import TokenBucket
 from replicator.prism.retry import Passing, Tries, passing, retry_after_s
 from replicator.prism.settings import Account, PrismSettings
 from replicator.prism.types import Cluster
-
-_logger = logging.getLogger(__name__)
 
 #: An account that is refused so often in a row is not tried again: Prism would lock it.
 REFUSALS_MAX: Final = 3
@@ -97,7 +95,8 @@ class Endpoint:
         self._waits = settings.waits
         self._account = account
         self._meters = meters
-        self._bucket = TokenBucket(settings.rate_rpm)
+        self._bucket = TokenBucket(settings.rate_rpm, host)
+        self._outage = Outage(self.where)
         self._connections = Connections(
             host,
             port,
@@ -160,10 +159,13 @@ class Endpoint:
                     request, session, timeout_s or self._waits.request_s, once=not repeat
                 )
                 if 200 <= reply.status < 300:
+                    self._outage.answered()
                     return self._answer(method, path, reply)
                 self._meters.count_error(endpoint_name(path))
                 error, kind = self._failure(method, path, reply, secrets)
                 told_s = retry_after_s(reply.header("retry-after"))
+                if kind is Passing.NO:
+                    self._outage.answered()
             except PrismUnreachableError as failure:
                 self._meters.count_error(endpoint_name(path))
                 error, kind = failure, Passing.AWAY
@@ -177,7 +179,7 @@ class Endpoint:
             wait_s = tries.wait_s(kind, trio.current_time(), told_s)
             if wait_s is None:
                 raise error
-            _logger.debug("%s; again in %.1f s", error, wait_s)
+            self._outage.trying_again(kind, error, wait_s, trio.current_time())
             await trio.sleep(wait_s)
 
     async def whole_file(self, path: str, what: str) -> AsyncGenerator[bytes, None]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 
@@ -26,6 +26,7 @@ from replicator.prism.errors import (
 from replicator.prism.retry import Passing, passing
 
 _SAID_MAX = 300
+_NO_JSON: Final = "the answer is no JSON"
 _SECRET_KEY = re.compile(r"(?i)secret|password|jwt|token")
 _PERMISSION = re.compile(
     r"\b(?:View|Create|Update|Delete|Attach|Detach|Restore|Set|Access)(?:_[A-Za-z]+)+\b"
@@ -92,7 +93,7 @@ def read_error(body: bytes, content_type: str) -> Said:
         decoded = msgspec.json.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         kind = content_type.partition(";")[0].strip()[:40] or "no content type"
-        return Said((f"the answer is no JSON ({kind})",), frozenset())
+        return Said((f"{_NO_JSON} ({kind})",), frozenset())
     texts: list[str] = []
     words: set[str] = set()
     for message in _messages(decoded):
@@ -191,7 +192,12 @@ def _classified(  # noqa: PLR0917 -- the pieces of one sentence
     if kind is Passing.AWAY:
         return PrismUnreachableError(f"{asked}: Prism is not ready: {status}{detail}")
     if status == 401:
-        return PrismAuthError(f"{asked}: not signed in: 401{detail}")
+        # What is no JSON is a page to sign in at: it says no more than the status does.
+        detail = detail if said.words or not detail.startswith(f": {_NO_JSON}") else ""
+        return PrismAuthError(
+            f"{asked}: not signed in: 401{detail}: check user and passfile (or prism_api_key; for an Element"
+            " prism_element_user and prism_element_passfile)"
+        )
     if status == 403:
         permission = permission_for(method, path, said)
         lacks = f"lacks the permission {permission}" if permission else "lacks a permission"

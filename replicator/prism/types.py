@@ -156,9 +156,14 @@ class Found(msgspec.Struct, frozen=True):
 
 
 class Access(msgspec.Struct, frozen=True):
-    """One of the account's rights that was looked at. ``granted`` None: could not be seen. ``lacks``: Prism's name of it."""
+    """One of the account's rights that was looked at. ``granted`` None: could not be seen.
+
+    ``lacks``: Prism's names of all that is known to be missing, with ", " between them. ``remedy``: what to do, where no
+    permission mends it; ``detail`` is then a sentence about what is wrong.
+    """
 
     duty: str
     granted: bool | None
     lacks: str | None = None
     detail: str = ""
+    remedy: str | None = None

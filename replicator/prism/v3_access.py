@@ -93,11 +93,10 @@ async def _try_list(host: V3Host, duty: str, path: str, kind: str, permission: s
 
 
 async def _try_snapshots(element: V3Host) -> Access:
-    lacks = "an account that the Element accepts (prism_element_user), as Cluster Admin"
     try:
         await element.call("POST", "vm_snapshots/list", {"kind": "vm_snapshot", "length": 1})
     except (PrismAuthError, PrismPermissionError) as error:
-        return Access(BACKUP, granted=False, lacks=lacks, detail=str(error))
+        return _not_on_element("does not accept the account for snapshots", error)
     except PrismError as error:
         return Access(BACKUP, granted=None, lacks="vm_snapshots", detail=str(error))
     return Access(BACKUP, granted=True, detail="may list snapshots on the Element")
@@ -110,14 +109,24 @@ async def _try_regions(element: V3Host) -> Access:
     except PrismRefusedError:
         return Access(BACKUP, granted=True, detail="may ask for changed regions on the Element")
     except (PrismAuthError, PrismPermissionError) as error:
-        return Access(BACKUP, granted=False, lacks=f"{REGIONS} on the Element", detail=str(error))
+        return _not_on_element("does not let the account ask for changed regions", error)
     except PrismError as error:
         return Access(BACKUP, granted=None, lacks=REGIONS, detail=str(error))
     return Access(BACKUP, granted=None, lacks=REGIONS, detail="it answers to an empty question")
 
 
+def _not_on_element(what: str, error: PrismError) -> Access:
+    return Access(
+        BACKUP,
+        granted=False,
+        detail=f"the Element {what} ({error})",
+        remedy="make the account known to the Element, as Cluster Admin; or name another that is, with prism_element_user"
+        " and prism_element_passfile",
+    )
+
+
 async def _by_roles(central: V3Host) -> list[Access]:
-    """One for each duty: all that its roles must hold, the first that they lack, or that they cannot be seen."""
+    """One for each duty: all that its roles must hold, all that they lack, or that they cannot be seen."""
     try:
         roles = await _roles(central)
         if roles.everything:
@@ -134,9 +143,9 @@ async def _by_roles(central: V3Host) -> list[Access]:
 def _judge(duty: str, roles: _Roles, known: dict[str, str]) -> Access:
     names = ", ".join(roles.names)
     needed = [name for name in _NEEDS[duty] if name in known]
-    for name in needed:
-        if known[name] not in roles.held:
-            return Access(duty, granted=False, lacks=name, detail=f"by its role {names}")
+    missing = [name for name in needed if known[name] not in roles.held]
+    if missing:
+        return Access(duty, granted=False, lacks=", ".join(missing), detail=f"by its role {names}")
     if not needed:
         return _unknown(duty, "Prism's permissions have other names")
     return Access(duty, granted=True, detail=f"by its role {names}")

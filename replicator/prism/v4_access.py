@@ -78,7 +78,7 @@ async def _try_read(
 
 
 async def _by_roles(calls: V4Calls, user: str) -> list[Access]:
-    """One for each duty: all that its role must hold, the first that it lacks, or that it cannot be seen."""
+    """One for each duty: all that its role must hold, all that it lacks, or that it cannot be seen."""
     try:
         roles, certain = await _roles(calls, user)
         if any(role.text("displayName", "") in _ALL_POWERFUL for role in roles):
@@ -94,15 +94,13 @@ async def _by_roles(calls: V4Calls, user: str) -> list[Access]:
 
 
 def _judge(duty: str, held: set[str], known: dict[str, str], *, certain: bool) -> Access:
-    for name in NEEDS[duty]:
-        if name not in known:
-            continue  # this Prism has no operation of that name
-        if known[name] not in held and name not in held:
-            # What it holds by a group is not seen, unless it is a local account.
-            return Access(
-                duty, granted=False if certain else None, lacks=name, detail="by its role"
-            )
-    if not any(name in known for name in NEEDS[duty]):
+    needed = [name for name in NEEDS[duty] if name in known]  # not all are operations of this Prism
+    missing = [name for name in needed if known[name] not in held and name not in held]
+    if missing:
+        # What it holds by a group is not seen, unless it is a local account.
+        granted = False if certain else None
+        return Access(duty, granted=granted, lacks=", ".join(missing), detail="by its role")
+    if not needed:
         return _unknown(duty, "Prism's operations have other names")
     return Access(duty, granted=True, detail="by its role")
 

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 from uuid import UUID
 
@@ -15,11 +16,13 @@ import pytest
 import trio
 import trio.testing
 
+from receiver.store.admission import PushRefusedHereError
+from receiver.store.stores import Stores
 from replicator.cli import fleet as fleets
 from replicator.cli.fleet import Fleet
 from replicator.cli.source import ChosenVm
 from replicator.config import Config, check
-from replicator.errors import FencedError, RefusedError, SourceError, UsageError
+from replicator.errors import FencedError, PeerRefusedError, RefusedError, SourceError, UsageError
 from replicator.push.plan import Want
 
 Push = Callable[[str], Awaitable[None]]
@@ -210,6 +213,31 @@ async def test_a_fenced_one_stops_alone_and_only_when_all_are_it_ends(
         failed_over.add("vm2")
         await ended.wait()
         assert [str(error) for error in errors] == ["vm2 is in epoch 2"]
+
+
+async def test_a_refusal_begins_with_whose_it_is_and_says_what_to_do(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    autojump_clock: trio.testing.MockClock,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Also where its text, which is the receiver's own, names the VM in passing."""
+    del autojump_clock
+    there: Any = SimpleNamespace(_log=SimpleNamespace(vms=[SimpleNamespace(name="vm1", vm="5504")]))
+
+    async def body(name: str) -> None:
+        await trio.lowlevel.checkpoint()
+        with pytest.raises(PushRefusedHereError) as refused:
+            Stores._check_name(there, UUID(int=1), name)
+        raise PeerRefusedError(refused.value.code, refused.value.reason)
+
+    async with protecting(tmp_path, monkeypatch, body, 1):
+        await trio.sleep(1)
+    (line,) = [text for text in caplog.messages if "this cycle failed" in text]
+    assert line == (
+        "vm1: this cycle failed: the receiver refused: another VM (5504) is called vm1 here already:"
+        " rename one of them on the platform, or leave this one out (exclude)"
+    )
 
 
 async def test_that_nobody_can_say_which_there_are_ends_it_only_at_first_and_if_it_is_a_mistake(

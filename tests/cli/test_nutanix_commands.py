@@ -73,7 +73,10 @@ async def test_seed_estimate_push_and_restore(
 
         write(world, 0, 0, os.urandom(3 * GRAIN))
         write(world, 1, 100 * GRAIN, os.urandom(GRAIN))
-        (found,) = (await told("--json", "estimate")).json
+        done = await told("--json", "estimate")
+        (found,) = done.json
+        assert "): not needed any more" in done.err
+        assert "given up" not in done.err
         keeps_promise("Estimate", found)
         assert (found["uuid"], found["full_bytes"], found["incremental_bytes"]) == (
             VM,

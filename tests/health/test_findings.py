@@ -79,6 +79,25 @@ def test_a_right_that_lacks_is_named_and_one_that_cannot_be_seen_is_a_warning() 
     assert states(judge_access([])) == [State.WARNING]
 
 
+def test_each_permission_is_named_once_and_an_account_elsewhere_is_no_permission() -> None:
+    found = judge_access(
+        [
+            Access("backup", granted=False, lacks="View_Cluster", detail="may not list"),
+            Access("backup", granted=False, lacks="Create_Image, View_Cluster", detail="by role"),
+            Access("backup", granted=False, detail="the Element is strange", remedy="know it"),
+            Access("vms", granted=False, detail="the Element is strange", remedy="know it"),
+            Access("vms", granted=True, detail="by its role"),
+        ]
+    )
+    assert [(each.text, each.remedy) for each in found if "strange" in each.text] == [
+        ("backup: the Element is strange", "know it"),
+        ("vms: the Element is strange", "know it"),
+    ]
+    (lacks,) = [each for each in found if "lacks" in each.text]
+    assert "the account lacks View_Cluster, Create_Image (may not list)" in lacks.text
+    assert states(found) == [State.FAILED] * 3
+
+
 @pytest.mark.parametrize(
     ("error", "expected"),
     [

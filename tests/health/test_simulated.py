@@ -32,7 +32,9 @@ async def simulated(
             yield sim
 
 
-async def checked(sim: Simulator, user: str = "backup", **changes: Any) -> Report:
+async def checked(
+    sim: Simulator, user: str = "backup", *, iscsi: bool = True, **changes: Any
+) -> Report:
     given: dict[str, Any] = {
         "host": sim.address,
         "port": sim.port,
@@ -40,7 +42,7 @@ async def checked(sim: Simulator, user: str = "backup", **changes: Any) -> Repor
         "ca": sim.ca_path,
         **changes,
     }
-    return await check_health(Wanted(settings=PrismSettings(**given), initiator=IQN))
+    return await check_health(Wanted(settings=PrismSettings(**given), initiator=IQN, iscsi=iscsi))
 
 
 def states(report: Report) -> dict[str, State]:
@@ -69,6 +71,15 @@ async def test_a_viewer_is_not_enough(tmp_path: Path, api: str) -> None:
         report = await checked(sim, "viewer", api_version=api)
     assert states(report)[RIGHTS] is State.FAILED
     assert "the account lacks Create_" in found(report, RIGHTS)
+
+
+async def test_disks_are_read_over_rest_alone_only_by_v3(tmp_path: Path) -> None:
+    async with simulated(tmp_path) as sim:
+        report = await checked(sim, iscsi=False)
+        assert report.api == "v4"
+        assert states(report) == {**dict.fromkeys(PROBES, State.OK), DATA_SERVICES: State.FAILED}
+        assert "set data_path = iscsi or prism_api_version = v3" in found(report, DATA_SERVICES)
+        assert (await checked(sim, iscsi=False, api_version="v3")).ready
 
 
 async def test_by_v3_the_account_must_be_known_to_the_element(tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 import trio
 import trio.testing
@@ -80,3 +82,19 @@ async def test_a_hold_that_comes_while_one_waits_holds_that_one_too(
         bucket.hold(30)
         bucket.hold(5)
     assert trio.current_time() - began == pytest.approx(30.5, abs=0.01)
+
+
+async def test_a_long_wait_for_the_cap_is_told_once_a_minute_and_a_short_one_or_a_hold_is_not(
+    autojump_clock: trio.testing.MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    del autojump_clock
+    caplog.set_level(logging.INFO)
+    bucket = TokenBucket(30, "pc.example")
+    await taken_at(bucket, 40)  # one at a time: 2 s each
+    bucket.hold(20)
+    await bucket.take()
+    assert caplog.messages == []
+    async with trio.open_nursery() as nursery:
+        for _ in range(75):  # the last waits longer than two minutes
+            nursery.start_soon(bucket.take)
+    assert caplog.messages == ["waiting for prism_rate_rpm = 30 (host pc.example)"] * 3

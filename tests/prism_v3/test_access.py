@@ -42,11 +42,14 @@ async def test_an_account_that_may_do_all_of_it(
     assert found == {BACKUP: ALL, VMS: ALL, CLUSTERS: ALL}
 
 
-async def test_a_role_that_may_only_look_says_the_first_thing_that_it_lacks(tmp_path: Path) -> None:
+async def test_a_role_that_may_only_look_says_all_that_it_lacks(tmp_path: Path) -> None:
     viewer = {"Prism Viewer": ("View_Cluster", "View_Virtual_Machine")}
     found = await rights(tmp_path, Fake(user="svc-dr", roles=viewer))
-    assert (False, "Create_Volume_Group") in found[BACKUP]
-    assert (False, "Create_Virtual_Machine") in found[VMS]
+    assert (False, "Create_Volume_Group, Delete_Volume_Group") in found[BACKUP]
+    ((_, lacks),) = [each for each in found[VMS] if each[0] is False]
+    wanted = [name for name in PERMISSIONS if "Machine" in name or "Image" in name]
+    assert lacks is not None
+    assert set(lacks.split(", ")) == {name for name in wanted if not name.startswith("View_")}
     assert found[CLUSTERS] == ALL
 
 
@@ -91,12 +94,12 @@ async def test_an_account_that_the_element_does_not_know(tmp_path: Path) -> None
         html = {"content-type": "text/html"}
         return Said(401, b"<html>who?</html>", html) if asked.host == PE else None
 
-    found = await rights(tmp_path, Fake(before=foreign))
-    (lacks,) = [
-        lacks for granted, lacks in found[BACKUP] if granted is False and "account" in str(lacks)
-    ]
-    assert lacks is not None
-    assert "prism_element_user" in lacks
+    async with scripted(tmp_path, Fake(before=foreign)) as (_, hosts):
+        found = [each for each in await PrismV3(hosts).access() if each.granted is False]
+    assert {each.duty for each in found} == {BACKUP}
+    assert all(each.lacks is None for each in found)
+    assert all("prism_element_user" in str(each.remedy) for each in found)
+    assert found[0].detail.startswith("the Element does not accept the account for snapshots (")
 
 
 async def test_an_element_without_changed_regions_is_a_warning(tmp_path: Path) -> None:
