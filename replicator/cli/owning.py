@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import click
@@ -26,7 +26,7 @@ from replicator.push import journal
 from replicator.sources.nutanix import names
 from replicator.sources.nutanix.ledger import INSTALLATION, OBJECTS, Ledger, read_entries
 from replicator.sources.nutanix.site import now_us
-from replicator.sources.nutanix.sweep import Owned, judge, sweep_clusters
+from replicator.sources.nutanix.sweep import Owned, gone_vms, judge, sweep_clusters
 from replicator.state_dir import open_state_dir
 
 _logger = logging.getLogger(__name__)
@@ -108,21 +108,25 @@ async def _list(config: Config, settings: PrismSettings, others: bool) -> list[O
         async with open_prism(settings) as prism:
             return await _others(prism)
     async with open_prism(settings) as prism, open_log(folder, readonly=True) as log:
-        return await _look(log, prism, others)
+        return (await _look(log, prism, others))[0]
 
 
-async def _look(log: EventLog, prism: Prism, others: bool) -> list[Owned]:
+async def _look(log: EventLog, prism: Prism, others: bool) -> tuple[list[Owned], set[str]]:
+    """What there is, and which VMs with a reference are gone."""
     installation = await log.journal_get(INSTALLATION)
     if not names.is_installation(installation):
-        return await _others(prism) if others else []
+        return await _others(prism) if others else [], set()
     # The clusters first: what is found there was written down before.
     found = await prism.find(names.COMMON if others else names.prefix(installation))
     entries = read_entries(await log.journal_items(OBJECTS))
-    return judge(found, entries, installation, await _live(log), now_us())
+    gone = await gone_vms(prism, entries)
+    live = await _live(log, gone)
+    judged = judge(found, entries, installation, live, now_us(), spoken=prism.capability, gone=gone)
+    return judged, gone
 
 
 async def _others(prism: Prism) -> list[Owned]:
-    return judge(await prism.find(names.COMMON), [], "", {}, now_us())
+    return judge(await prism.find(names.COMMON), [], "", {}, now_us(), spoken=prism.capability)
 
 
 async def _remove(
@@ -132,7 +136,7 @@ async def _remove(
         open_prism(settings) as prism,
         open_log(config.state_dir / "events") as log,
     ):
-        found = await _look(log, prism, others)
+        found, gone = await _look(log, prism, others)
         ours = [each for each in found if each.is_removed]
         if ours and not yes:
             for each in ours:
@@ -143,20 +147,25 @@ async def _remove(
             if not answer:
                 raise ReplicatorError("nothing was removed")
         ledger = await Ledger.open(log)
-        return found, await sweep_clusters(prism, ledger, await _live(log), now_us())
+        live = await _live(log, gone)
+        return found, await sweep_clusters(prism, ledger, live, now_us(), gone)
 
 
-async def _live(log: EventLog) -> dict[str, set[str]]:
-    """By VM: the pushes whose objects are wanted."""
+async def _live(log: EventLog, gone: Collection[str]) -> dict[str, set[str]]:
+    """By VM: the pushes whose objects are wanted.
+
+    Of one in ``gone`` no reference is: nothing will be compared with it. A push under way stays: what it holds may be nowhere
+    else.
+    """
     live: dict[str, set[str]] = {}
     for vm in log.vms:
         wanted = live.setdefault(vm.vm, set())
-        if vm.newest is not None:
+        if vm.newest is not None and vm.vm not in gone:
             wanted.add(vm.newest.push_id)
         entry = await journal.load(log, vm.vm)
         if entry is not None:
             wanted.add(entry.push_id)
-            if entry.reference is not None:
+            if entry.reference is not None and vm.vm not in gone:
                 wanted.add(entry.reference)
     return live
 

@@ -90,12 +90,22 @@ class FakeWorld:
     images: dict[str, tuple[str, bytes]] = field(default_factory=dict)
     requests: dict[UUID, str] = field(default_factory=dict)
     strangers: list[Found] = field(default_factory=list)
+    made_by: dict[str, Capability] = field(default_factory=dict)
+    deleted: bool = False
 
     def objects(self) -> list[str]:
         """Names of everything that is there."""
         names = [snapshot.name for snapshot, _, _ in self.snapshots.values()]
         names += [name for name, _ in self.groups.values()]
         return names + [name for name, _ in self.images.values()]
+
+    def shown(self, spoken: Capability) -> dict[str, tuple[VmSnapshot, dict[str, bytes], int]]:
+        """The snapshots that an interface knows of: those that were made through it."""
+        return {
+            uuid: each
+            for uuid, each in self.snapshots.items()
+            if self.made_by.get(uuid, spoken) is spoken
+        }
 
     def vm(self) -> Vm:
         disks = tuple(
@@ -175,11 +185,15 @@ class FakePrism:
 
     async def vms(self) -> Sequence[VmSummary]:
         await self._begin("vms")
+        if self.world.deleted:
+            return []
         return [VmSummary(VM, "app01", self.world.cluster, self.world.power)]
 
     async def vm(self, uuid: str) -> Vm:
         await self._begin("vm")
         assert uuid == VM
+        if self.world.deleted:
+            raise PrismNotFoundError(f"no VM {uuid}")
         self._end("vm")
         return self.world.vm()
 
@@ -211,26 +225,28 @@ class FakePrism:
             data = {each.identity: bytes(each.data) for each in world.disks}
             world.snapshots[uuid] = (snapshot, data, expires_at_us)
             world.requests[request_id] = uuid
+            world.made_by[uuid] = self.capability
         self._end("create_snapshot")
         return world.snapshots[world.requests[request_id]][0]
 
     async def snapshot(self, uuid: str, vm: Vm) -> VmSnapshot:
         del vm
         await self._begin("snapshot")
-        if uuid not in self.world.snapshots:
+        if uuid not in self.world.shown(self.capability):
             raise PrismNotFoundError(f"no snapshot {uuid}")
         self._end("snapshot")
         return self.world.snapshots[uuid][0]
 
     async def extend_snapshot(self, snapshot: VmSnapshot, expires_at_us: int) -> None:
         await self._begin("extend_snapshot")
-        held, data, _ = self.world.snapshots[snapshot.uuid]
+        held, data, _ = self.world.shown(self.capability)[snapshot.uuid]
         self.world.snapshots[snapshot.uuid] = (held, data, expires_at_us)
 
     async def delete_snapshot(self, uuid: str, cluster: str) -> None:
         await self._begin("delete_snapshot")
         assert cluster
-        self.world.snapshots.pop(uuid, None)
+        if uuid in self.world.shown(self.capability):
+            del self.world.snapshots[uuid]
         self._end("delete_snapshot")
 
     async def regions(
@@ -243,7 +259,7 @@ class FakePrism:
         if f"regions {disk.disk}" in self.fails:
             raise self.fails.pop(f"regions {disk.disk}")
         data = self.world.snapshots[snapshot.uuid][1][disk.disk]
-        if since is not None and since[0].uuid not in self.world.snapshots:
+        if since is not None and since[0].uuid not in self.world.shown(self.capability):
             raise RegionsLostError(f"snapshot {since[0].uuid} is gone")
         old = b"" if since is None else self.world.snapshots[since[0].uuid][1][disk.disk]
         page: list[Extent] = []
@@ -333,7 +349,7 @@ class FakePrism:
                 snapshot.vm,
                 snapshot.taken_at_us,
             )
-            for uuid, (snapshot, _, _) in world.snapshots.items()
+            for uuid, (snapshot, _, _) in world.shown(self.capability).items()
         ]
         found += [Found(Kind.VOLUME_GROUP, uuid, name) for uuid, (name, _) in world.groups.items()]
         found += [Found(Kind.IMAGE, uuid, name) for uuid, (name, _) in world.images.items()]

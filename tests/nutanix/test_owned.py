@@ -16,12 +16,12 @@ from replicator.cli import owning
 from replicator.domain.model import Point, PushKind
 from replicator.log import open_log
 from replicator.prism.settings import PrismSettings
-from replicator.prism.types import Kind
+from replicator.prism.types import Capability, Kind
 from replicator.push import journal
 from replicator.push.plan import Start
 from replicator.sources.base import SnapshotName
 from replicator.sources.nutanix import NutanixSource, open_site
-from replicator.sources.nutanix.ledger import Entry
+from replicator.sources.nutanix.ledger import OBJECTS, Entry, read_entries
 from replicator.sources.nutanix.names import ObjectName
 from tests.cli.conftest import Done, Replctl, replctl, source_values, write_config
 from tests.cli.test_json_contract import keeps_promise
@@ -37,6 +37,7 @@ class Host:
 
     def __init__(self, folder: Path, replctl: Replctl) -> None:
         self.world = fake_world(1)
+        self.spoken = Capability.V3
         self.state = folder / "state"
         self._work = folder / "work"
         self._work.mkdir()
@@ -57,6 +58,31 @@ class Host:
     def owned(self, *words: str, json: bool = True) -> Done:
         before = ["--config", self._config, *(["--json"] if json else [])]
         return self._replctl(*before, "owned", *words)
+
+    def seeded(self) -> None:
+        """A point and nothing else."""
+        self.state.mkdir()
+        trio.run(self._seeded)
+
+    async def _seeded(self) -> None:
+        async with (
+            open_log(self.state / "events") as log,
+            open_site(FakePrism(self.world), log, fake_settings(self._work)) as site,
+        ):
+            source = NutanixSource(site, VM, "app01")
+            await log.register(UUID(VM), "app01", "source")
+            done: Point = msgspec.structs.replace(point(1, PushKind.SEED), push_id="p1")
+            await (await source.take(SnapshotName("p1", None))).aclose()
+            async with log.change(UUID(VM)) as vm:
+                vm.commit(done)
+            await source.confirm(SnapshotName("p1", None))
+
+    def entries(self) -> list[Entry]:
+        return trio.run(self._entries)
+
+    async def _entries(self) -> list[Entry]:
+        async with open_log(self.state / "events", readonly=True) as log:
+            return read_entries(await log.journal_items(OBJECTS))
 
     def live(self) -> None:
         """A point, a push under way, a snapshot of a push that nobody knows any more, and another installation."""
@@ -110,7 +136,7 @@ def host(tmp_path: Path, replctl: Replctl, monkeypatch: pytest.MonkeyPatch) -> H
     async def open_prism(settings: PrismSettings) -> AsyncGenerator[FakePrism, None]:
         assert settings.host == "pc1.example.test"
         await trio.lowlevel.checkpoint()
-        yield FakePrism(found.world)
+        yield FakePrism(found.world, capability=found.spoken)
 
     monkeypatch.setattr(owning, "open_prism", open_prism)
     return found
@@ -167,3 +193,48 @@ def test_other_sources_make_nothing_on_a_cluster(tmp_path: Path, replctl: Replct
     done = replctl("--config", config, "owned")
     assert done.code == 2
     assert "source = image makes nothing on a cluster" in done.err
+
+
+def test_the_reference_of_a_deleted_vm(host: Host) -> None:
+    host.seeded()
+    assert _whys(host.owned()) == {"p1": "reference"}
+    assert host.owned("--remove", "--yes").json[0]["removed"] is False
+    host.world.deleted = True
+    assert _whys(host.owned()) == {"p1": "reference of a VM that is not there any more"}
+    assert len(host.world.snapshots) == 1, "nothing is removed without being asked"
+    assert host.owned("--remove", "--yes").json[0]["removed"] is True
+    assert not host.world.snapshots
+    assert host.entries() == []
+    assert host.owned().json == []
+
+
+def test_another_prism_does_not_know_whether_a_vm_was_deleted(host: Host) -> None:
+    """Its clusters are others: the reference, and what is known of it, stay."""
+    host.world.cluster = "cluster-of-another-prism"
+    host.seeded()
+    host.world.deleted = True
+    assert _whys(host.owned()) == {"p1": "reference"}
+    assert host.owned("--remove", "--yes").json[0]["removed"] is False
+    assert len(host.entries()) == 1
+
+
+def test_the_push_under_way_of_a_deleted_vm_stays(host: Host) -> None:
+    host.live()
+    host.world.deleted = True
+    whys = _whys(host.owned())
+    assert whys["p1"] == "reference of a VM that is not there any more"
+    assert whys["p2"] == "push under way"
+    host.owned("--remove", "--yes")
+    assert [entry.push_id for entry in host.entries()] == ["p2"]
+
+
+def test_what_the_other_interface_made_is_told_and_stays(host: Host) -> None:
+    host.seeded()
+    host.spoken = Capability.V4
+    done = host.owned()
+    assert _whys(done) == {"p1": "made through v3, and Prism is spoken to by v4 now"}
+    keeps_promise("Owned", done.json[0])
+    assert host.owned("--remove", "--yes").json[0]["removed"] is False
+    assert len(host.world.snapshots) == len(host.entries()) == 1
+    host.spoken = Capability.V3
+    assert _whys(host.owned()) == {"p1": "reference"}

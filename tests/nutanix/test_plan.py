@@ -12,7 +12,16 @@ from hypothesis import strategies as st
 from replicator.disk import Extent
 from replicator.errors import SourceError
 from replicator.prism.errors import PrismAnswerError
-from replicator.prism.types import Consistency, DiskSnapshot, Found, Kind, Vm, VmDisk, VmSnapshot
+from replicator.prism.types import (
+    Capability,
+    Consistency,
+    DiskSnapshot,
+    Found,
+    Kind,
+    Vm,
+    VmDisk,
+    VmSnapshot,
+)
 from replicator.sources.nutanix import plan
 from replicator.sources.nutanix.expose import targets_of
 from replicator.sources.nutanix.ledger import Entry
@@ -113,11 +122,11 @@ def test_a_reference_outlives_two_intervals_and_an_outage() -> None:
     ],
 )
 def test_a_reference_of_no_use_says_why(reference: Entry | None, words: str) -> None:
-    why = plan.why_lost(reference, "p1", snapshot())
+    why = plan.why_lost(reference, "p1", snapshot(), Capability.V3)
     assert why is not None
     assert why.startswith("reference_snapshot not found")
     assert words in why
-    assert plan.why_lost(entry(), "p1", snapshot()) is None
+    assert plan.why_lost(entry(), "p1", snapshot(), Capability.V3) is None
 
 
 @pytest.mark.parametrize(
@@ -234,7 +243,7 @@ def test_why_an_object_is_there() -> None:
     ]
 
     def why(live: dict[str, set[str]]) -> dict[str, Why]:
-        judged = judge(found, [reference, begun], "1a2b3c4d", live, now)
+        judged = judge(found, [reference, begun], "1a2b3c4d", live, now, spoken=Capability.V3)
         assert [each.kind for each in judged][:2] == [Kind.VOLUME_GROUP, Kind.IMAGE]
         return {each.uuid: each.why for each in judged}
 

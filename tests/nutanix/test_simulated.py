@@ -14,6 +14,7 @@ from replicator.prism.errors import NoDataServicesError
 from replicator.simulator.running import running_simulator
 from replicator.simulator.scenario import ClusterSpec, Scenario
 from replicator.sources.base import SnapshotName
+from replicator.sources.nutanix.sweep import gone_vms, sweep_clusters
 from tests.iscsi.lab import free_portal
 from tests.nutanix.fake import MemoryStore
 from tests.sources.simulated import Api, SimulatedLab, objects, scenario, site_on
@@ -117,3 +118,24 @@ async def test_a_vm_that_migrates(tmp_path: Path) -> None:
         with pytest.raises(SourceError, match="on its way to another cluster"):
             await lab.source().take(FIRST)
         assert objects(simulator) == []
+
+
+@APIS
+async def test_the_reference_of_a_vm_that_was_deleted(api: Api, tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    work.mkdir()
+    async with (
+        running_simulator(tmp_path / "simulator", scenario(1)) as simulator,
+        site_on(simulator, api, MemoryStore(), work) as site,
+    ):
+        lab = SimulatedLab(simulator, site)
+        await (await lab.source().take(FIRST)).aclose()
+        await lab.source().confirm(FIRST)
+        entries = await site.ledger.entries()
+        assert await gone_vms(site.prism, entries) == set()
+        del simulator.world.vms[lab.vm]
+        gone = await gone_vms(site.prism, entries)
+        assert gone == {lab.vm}
+        assert len(await sweep_clusters(site.prism, site.ledger, {}, site.clock(), gone)) == 1
+        assert objects(simulator) == []
+        assert await site.ledger.entries() == []

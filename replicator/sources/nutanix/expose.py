@@ -81,6 +81,7 @@ class Making:
             cluster=self.wanted.snapshot.cluster,
             push_id=self.wanted.push_id,
             intended_at_us=now,
+            capability=self.site.prism.capability,
         )
         self.site.in_use.add(entry.name)
         self._undo.append((f"free {entry.name}", lambda: self._free(entry.name)))

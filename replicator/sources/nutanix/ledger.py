@@ -17,7 +17,7 @@ from uuid import UUID
 import msgspec
 
 from replicator.errors import StateError
-from replicator.prism.types import Consistency, DiskSnapshot, Kind, VmSnapshot
+from replicator.prism.types import Capability, Consistency, DiskSnapshot, Kind, VmSnapshot
 from replicator.sources.nutanix import names
 
 _logger = logging.getLogger(__name__)
@@ -52,8 +52,10 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
     """An object on a cluster. ``vm`` and ``cluster`` are Prism's ids; ``intended_at_us``: when this was written down.
 
     ``uuid``: None until Prism has said that it is made. ``reference``: it is the snapshot of the last committed point.
-    ``dropped``: nobody wants it any more; it stands here because it was not found yet. The rest is what a snapshot needs to be
-    opened again, and compared with.
+    ``dropped``: nobody wants it any more; it stands here because it was not found yet, or cannot be removed now.
+    ``capability``: the interface that it was made through; None: written before that was noted, and taken for the one that is
+    spoken. ``expires_at_us``: when a snapshot is gone by itself; 0: not known. The rest is what a snapshot needs to be opened
+    again, and compared with.
     """
 
     kind: Kind
@@ -66,6 +68,7 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
     uuid: str | None = None
     reference: bool = False
     dropped: bool = False
+    capability: Capability | None = None
     expires_at_us: int = 0
     taken_at_us: int = 0
     consistency: Consistency = Consistency.CRASH
@@ -75,6 +78,17 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
     def request(self) -> UUID:
         """The request id, for Prism."""
         return UUID(self.request_id)
+
+    def is_out_of_reach(self, spoken: Capability) -> bool:
+        """Whether the other interface made it, so that this one answers "not found" though it is there.
+
+        Only snapshots are: volume groups and images are the same objects, with the same ids, in both.
+        """
+        return self.kind is Kind.SNAPSHOT and self.capability not in {None, spoken}
+
+    def has_expired(self, now_us: int) -> bool:
+        """Whether its cluster has removed it by itself."""
+        return 0 < self.expires_at_us <= now_us
 
     def as_snapshot(self) -> VmSnapshot:
         """The snapshot that this entry describes, as Prism described it when it was made. Only where ``uuid`` is there."""
@@ -112,6 +126,8 @@ class Ledger:
     def __init__(self, store: JournalStore, installation: str) -> None:
         self._store = store
         self.installation = installation
+        #: Names of what was warned of in this process.
+        self.told: set[str] = set()
 
     @classmethod
     async def open(cls, store: JournalStore) -> Ledger:
@@ -146,6 +162,7 @@ class Ledger:
     async def settle(self, entry: Entry) -> None:
         """It is gone from the cluster, or was never there; durable on return. Can be repeated."""
         await self._store.journal_delete(_key(entry))
+        self.told.discard(entry.name)
         _logger.debug("settled: %s %s", entry.kind, entry.name)
 
 

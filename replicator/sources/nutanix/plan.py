@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from replicator.errors import SourceError
-from replicator.prism.types import Consistency, DiskSnapshot, Vm, VmDisk, VmSnapshot
+from replicator.prism.types import Capability, Consistency, DiskSnapshot, Vm, VmDisk, VmSnapshot
 from replicator.sources.nutanix.ledger import Entry
 
 #: What is logged, and what an operator looks for, where a cycle cannot build on the last point.
@@ -77,10 +77,21 @@ def is_expiring(entry: Entry, now_us: int, interval_s: int) -> bool:
     return 0 < entry.expires_at_us < now_us + 2 * interval_s * _US
 
 
-def why_lost(reference: Entry | None, push_id: str, snapshot: VmSnapshot) -> str | None:
+def out_of_reach(entry: Entry, spoken: Capability) -> str | None:
+    """Why Prism does not know the object though it is there, in words; None where it can be asked for."""
+    if not entry.is_out_of_reach(spoken):
+        return None
+    return f"it was made through {entry.capability}, and Prism is spoken to by {spoken} now"
+
+
+def why_lost(
+    reference: Entry | None, push_id: str, snapshot: VmSnapshot, spoken: Capability
+) -> str | None:
     """Why nothing can be compared with the reference; None if it can be tried."""
     if reference is None or reference.uuid is None:
         return f"{REFERENCE_LOST}: no snapshot of push {push_id} is known here"
+    if (why := out_of_reach(reference, spoken)) is not None:
+        return f"{REFERENCE_LOST}: {why}"
     if reference.vm != snapshot.vm:
         return f"{REFERENCE_LOST}: that of push {push_id} is of another VM"
     if reference.cluster != snapshot.cluster:

@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
 """Removes what the ledger holds from its cluster, in the order of nutanix-data-path.md A6, and strikes it out when it is gone.
 
-Every step can be repeated, and what fails stays in the ledger.
+Every step can be repeated, and what fails stays in the ledger. So does what the other of Prism's interfaces made: this one
+would say that it is not there.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
 from typing import Final
 
 import msgspec
@@ -68,10 +70,13 @@ class Remover:
         """Remove these, in order; returns the names of what was removed from a cluster. Raises PrismError at the first failure.
 
         ``found``: what is there now; asked for where it is not given and an entry has no id. An entry without an id that is
-        not there stays, as dropped, until nothing can come of it any more.
+        not there stays, as dropped, until nothing can come of it any more. One that is out of reach stays until it has expired.
         """
         removed: list[str] = []
         for entry in in_removal_order(entries):
+            if entry.is_out_of_reach(self._prism.capability):
+                await self.put_off(entry, now_us)
+                continue
             if entry.uuid is not None:
                 uuids = [entry.uuid]
             else:
@@ -88,11 +93,37 @@ class Remover:
                 _logger.info("removed %s %s (%s): %s", entry.kind, entry.name, uuids[0], why)
                 removed.append(entry.name)
             elif now_us - entry.intended_at_us < UNCERTAIN_AGE_US:
-                if not entry.dropped:
-                    await self._ledger.write(msgspec.structs.replace(entry, dropped=True))
+                await self._drop(entry)
                 continue
             await self._ledger.settle(entry)
         return removed
+
+    async def put_off(self, entry: Entry, now_us: int) -> None:
+        """Keep an entry that is out of reach, as dropped, until it has expired. A warning, once in a process."""
+        if entry.has_expired(now_us):
+            _logger.info("%s %s has expired on its cluster", entry.kind, entry.name)
+            await self._ledger.settle(entry)
+            return
+        await self._drop(entry)
+        if entry.name in self._ledger.told:
+            return
+        self._ledger.told.add(entry.name)
+        _logger.warning(
+            "snapshot %s stays on cluster %s: it was made through %s, and Prism is spoken to by %s now. It is removed when"
+            " prism_api_version speaks %s again%s",
+            entry.name,
+            entry.cluster,
+            entry.capability,
+            self._prism.capability,
+            entry.capability,
+            f", and expires by itself on {_instant(entry.expires_at_us)}"
+            if entry.expires_at_us
+            else "",
+        )
+
+    async def _drop(self, entry: Entry) -> None:
+        if not entry.dropped:
+            await self._ledger.write(msgspec.structs.replace(entry, dropped=True))
 
     async def remove_strays(self, strays: Iterable[Found]) -> list[str]:
         """Remove objects that are in no ledger; returns their names. Raises PrismError at the first failure."""
@@ -104,6 +135,10 @@ class Remover:
             )
             removed.append(each.name)
         return removed
+
+
+def _instant(at_us: int) -> str:
+    return datetime.fromtimestamp(at_us // 1_000_000, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
 
 
 __all__ = ["ORDER", "Remover", "delete_object", "in_removal_order"]

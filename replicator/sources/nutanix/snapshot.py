@@ -105,7 +105,7 @@ async def open_snapshot(
     snapshot = entry.as_snapshot()
     lost: str | None = None
     if reference_push is not None:
-        lost = plan.why_lost(reference, reference_push, snapshot)
+        lost = plan.why_lost(reference, reference_push, snapshot, site.prism.capability)
         if lost is not None:
             reference = None
     else:

@@ -90,6 +90,9 @@ class NutanixSource:
             raise SnapshotGoneError(
                 f"push {name.push_id} is committed: its snapshot is the reference"
             )
+        why = plan.out_of_reach(entry, self._site.prism.capability)
+        if why is not None:
+            raise SnapshotGoneError(f"the snapshot of push {name.push_id} cannot be read: {why}")
         await self._end(name.push_id)
         vm = await self._site.prism.vm(self._vm)
         try:
@@ -113,7 +116,7 @@ class NutanixSource:
         await self._end(name.push_id)
         entries = [entry for entry in await self._entries() if entry.push_id == name.push_id]
         entries = [entry for entry in entries if not entry.reference]
-        await self._remover.remove(entries, self._site.clock(), why="its push was given up")
+        await self._remover.remove(entries, self._site.clock(), why="not needed any more")
 
     async def held(self) -> list[HeldSnapshot]:
         """See ``Source``. A reference is a snapshot, and takes room. From the ledger: nobody else makes any of ours."""
@@ -171,7 +174,14 @@ class NutanixSource:
         live: dict[str, set[str]] = {}
         for entry in entries:
             live.setdefault(entry.vm, set()).add(entry.push_id)
-        judged = judge(found, entries, self._site.ledger.installation, live, self._site.clock())
+        judged = judge(
+            found,
+            entries,
+            self._site.ledger.installation,
+            live,
+            self._site.clock(),
+            spoken=self._site.prism.capability,
+        )
         strays = {each.uuid for each in judged if each.is_removed}
         return await self._remover.remove_strays(each for each in found if each.uuid in strays)
 
@@ -214,6 +224,7 @@ class NutanixSource:
             cluster=vm.cluster,
             push_id=name.push_id,
             intended_at_us=now,
+            capability=site.prism.capability,
             expires_at_us=expires_at_us,
             consistency=consistency,
         )
@@ -256,6 +267,8 @@ class NutanixSource:
     async def _keep_alive(self, reference: Entry) -> None:
         """Have a reference that would expire soon live on: cycles have not come through for long."""
         site, now = self._site, self._site.clock()
+        if reference.is_out_of_reach(site.prism.capability):
+            return
         if not plan.is_expiring(reference, now, site.settings.interval_s):
             return
         until = plan.expiry_us(now, site.settings.interval_s, site.settings.outage_s)

@@ -11,9 +11,11 @@ import logging
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Final
 
 from replicator.prism.api import Prism
-from replicator.prism.types import Found, Kind
+from replicator.prism.errors import PrismNotFoundError
+from replicator.prism.types import Capability, Found, Kind
 from replicator.sources.nutanix import names
 from replicator.sources.nutanix.ledger import Entry, Ledger
 from replicator.sources.nutanix.plan import UNCERTAIN_AGE_US, UNKNOWN_AGE_US
@@ -31,11 +33,23 @@ class Why(StrEnum):
     YOUNG = "unknown, too young to be removed"
     VM = "made by a restore"
     OTHERS = "another installation's"
+    VM_GONE = "reference of a VM that is not there any more"
+    BY_V3 = "made through v3, and Prism is spoken to by v4 now"
+    BY_V4 = "made through v4, and Prism is spoken to by v3 now"
+
+
+_OUT_OF_REACH: Final[Mapping[Capability, Why]] = {
+    Capability.V3: Why.BY_V3,
+    Capability.V4: Why.BY_V4,
+}
 
 
 @dataclass(frozen=True, slots=True)
 class Owned:
-    """An object on a cluster that bears this product's name. ``entry``: what the ledger has of it."""
+    """An object on a cluster that bears this product's name. ``entry``: what the ledger has of it.
+
+    ``uuid`` is empty for what is out of reach, and of which Prism never said that it is made.
+    """
 
     kind: Kind
     uuid: str
@@ -49,7 +63,7 @@ class Owned:
     @property
     def is_removed(self) -> bool:
         """Whether a sweep removes it."""
-        return self.why is Why.LEFT
+        return self.why in {Why.LEFT, Why.VM_GONE}
 
 
 def judge(
@@ -58,13 +72,18 @@ def judge(
     installation: str,
     live: Mapping[str, Collection[str]],
     now_us: int,
+    *,
+    spoken: Capability,
+    gone: Collection[str] = (),
 ) -> list[Owned]:
     """Why each object is there, in the order of removal. No input or output.
 
     ``entries``: the ledger's, read after ``found``: what was found was written down before it was made. ``live``: by VM (Prism's
-    id), the pushes whose objects are wanted: of the last point, and of a push that is not finished. What bears no name of ours
-    is left out.
+    id), the pushes whose objects are wanted: of the last point, and of a push that is not finished. ``spoken``: the interface
+    that ``found`` came through; snapshots of the other one are told from the ledger. ``gone``: VMs that are not there any more.
+    What bears no name of ours is left out.
     """
+    entries = list(entries)
     by_name = {(entry.kind, entry.name): entry for entry in entries}
     by_uuid = {(entry.kind, entry.uuid): entry for entry in entries if entry.uuid is not None}
     owned = []
@@ -76,16 +95,43 @@ def judge(
         made_at_us = each.created_at_us or name.made_at_us
         why = Why.OTHERS
         if name.installation == installation:
-            why = _why(each, entry, live, now_us - made_at_us)
+            why = _why(each, entry, live, now_us - made_at_us, gone)
         vm = entry.vm if entry is not None else each.vm
         cluster = each.cluster or (entry.cluster if entry is not None else None)
         owned.append(Owned(each.kind, each.uuid, each.name, cluster, vm, made_at_us, why, entry))
+    seen = {(each.kind, each.name) for each in owned}
+    owned += [
+        _hidden(entry)
+        for entry in entries
+        if entry.is_out_of_reach(spoken)
+        and not entry.has_expired(now_us)
+        and (entry.kind, entry.name) not in seen
+    ]
     places = {kind: place for place, kind in enumerate(ORDER)}
     return sorted(owned, key=lambda each: (places.get(each.kind, len(ORDER)), each.name, each.uuid))
 
 
+def _hidden(entry: Entry) -> Owned:
+    """What the other interface made."""
+    assert entry.capability is not None
+    return Owned(
+        entry.kind,
+        entry.uuid or "",
+        entry.name,
+        entry.cluster,
+        entry.vm,
+        entry.taken_at_us or entry.intended_at_us,
+        _OUT_OF_REACH[entry.capability],
+        entry,
+    )
+
+
 def _why(
-    found: Found, entry: Entry | None, live: Mapping[str, Collection[str]], age_us: int
+    found: Found,
+    entry: Entry | None,
+    live: Mapping[str, Collection[str]],
+    age_us: int,
+    gone: Collection[str],
 ) -> Why:
     if found.kind is Kind.VM:
         return Why.VM
@@ -94,31 +140,69 @@ def _why(
     if entry.uuid is not None and entry.uuid != found.uuid:
         return Why.LEFT  # made a second time under the same name; the other one is known
     if entry.push_id not in live.get(entry.vm, ()):
-        return Why.LEFT
+        return Why.VM_GONE if entry.reference and entry.vm in gone else Why.LEFT
     return Why.REFERENCE if entry.reference else Why.PUSH
 
 
+async def gone_vms(prism: Prism, entries: Iterable[Entry]) -> set[str]:
+    """The VMs with a reference that were deleted on their cluster. Raises PrismError.
+
+    Prism says so of each when asked for it alone: a list may leave out what it cannot see at the moment. Nothing is said of the
+    VMs of a cluster that is not there, or not available: another Prism may have been configured.
+    """
+    wanted = {
+        entry.vm: entry.cluster
+        for entry in entries
+        if entry.reference and not entry.is_out_of_reach(prism.capability)
+    }
+    if not wanted:
+        return set()
+    there = {vm.uuid for vm in await prism.vms()}
+    missing = {vm: cluster for vm, cluster in wanted.items() if vm not in there}
+    if not missing:
+        return set()
+    ready = {cluster.uuid for cluster in await prism.clusters() if cluster.available}
+    gone = set()
+    for vm, cluster in missing.items():
+        if cluster not in ready:
+            continue
+        try:
+            await prism.vm(vm)
+        except PrismNotFoundError:
+            gone.add(vm)
+    return gone
+
+
 async def sweep_clusters(
-    prism: Prism, ledger: Ledger, live: Mapping[str, Collection[str]], now_us: int
+    prism: Prism,
+    ledger: Ledger,
+    live: Mapping[str, Collection[str]],
+    now_us: int,
+    gone: Collection[str] = (),
 ) -> list[str]:
     """Remove whatever no point and no push needs; returns the names of what was removed. Raises PrismError.
 
-    ``live`` as for ``judge``. Entries of the ledger that name nothing any more are struck out.
+    ``live`` and ``gone`` as for ``judge``. Entries of the ledger that name nothing any more are struck out.
     """
     remover = Remover(prism, ledger)
     found = await remover.find_ours()
     entries = await ledger.entries()
     removed = []
-    for each in judge(found, entries, ledger.installation, live, now_us):
+    judged = judge(
+        found, entries, ledger.installation, live, now_us, spoken=prism.capability, gone=gone
+    )
+    for each in judged:
         if each.is_removed:
             await delete_object(prism, each.kind, each.uuid, each.cluster or "")
-            _logger.info(
-                "removed %s %s (%s): no point and no push needs it", each.kind, each.name, each.uuid
-            )
+            why = "no point and no push needs it" if each.why is Why.LEFT else each.why
+            _logger.info("removed %s %s (%s): %s", each.kind, each.name, each.uuid, why)
             removed.append(each.name)
     there = {(each.kind, each.name) for each in found}
     for entry in entries:
         if entry.push_id in live.get(entry.vm, ()) or entry.kind not in ORDER:
+            continue
+        if entry.is_out_of_reach(prism.capability):
+            await remover.put_off(entry, now_us)
             continue
         known = (entry.kind, entry.name) in there
         if entry.uuid is not None and not known:
@@ -131,4 +215,4 @@ async def sweep_clusters(
     return removed
 
 
-__all__ = ["Owned", "Why", "judge", "sweep_clusters"]
+__all__ = ["Owned", "Why", "gone_vms", "judge", "sweep_clusters"]
