@@ -4,8 +4,7 @@
 from __future__ import annotations
 
 import json
-import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,18 +41,6 @@ def replctl(capsys: pytest.CaptureFixture[str]) -> Replctl:
         return Done(code, out, err)
 
     return run
-
-
-@pytest.fixture(autouse=True)
-def _logging_as_before() -> Iterator[None]:
-    """A command sets up logging for its process; here the process is the tests'."""
-    names = [None, "eventstore", "replicator", "receiver", "bacula_adapter"]
-    levels = {name: logging.getLogger(name).level for name in names}
-    handlers = list(logging.getLogger().handlers)
-    yield
-    logging.getLogger().handlers[:] = handlers
-    for name, level in levels.items():
-        logging.getLogger(name).setLevel(level)
 
 
 def write_config(path: Path, values: Mapping[str, object], *, mode: int = 0o600) -> Path:

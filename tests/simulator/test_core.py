@@ -75,7 +75,7 @@ async def test_a_snapshot_is_one_instant_over_all_disks(core: Core) -> None:
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(count)
-        while number < 3:
+        while number < 4:  # three whole steps are over
             await trio.lowlevel.checkpoint()
         taken = await snapshot(core, "while written")
         stop.set()
