@@ -6,7 +6,7 @@ handles paths); sizes in bytes; times in microseconds since the epoch, UTC.
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 
@@ -153,6 +153,12 @@ class Found(msgspec.Struct, frozen=True):
     cluster: str | None = None
     vm: str | None = None
     created_at_us: int | None = None
+
+
+#: The duties of the account that a job runs with.
+BACKUP: Final = "backup"
+VMS: Final = "VM administration"
+CLUSTERS: Final = "clusters read-only"
 
 
 class Access(msgspec.Struct, frozen=True):

@@ -19,13 +19,9 @@ from replicator.prism.errors import (
     PrismPermissionError,
     PrismRefusedError,
 )
-from replicator.prism.types import Access
+from replicator.prism.types import BACKUP, CLUSTERS, VMS, Access
 from replicator.prism.v3_calls import V3Host
 from replicator.prism.v3_regions import PATH as REGIONS
-
-BACKUP: Final = "backup"
-VMS: Final = "VM administration"
-CLUSTERS: Final = "clusters read-only"
 
 #: What is listed on Prism Central, by duty, its kind, and what that needs.
 _READS: Final[tuple[tuple[str, str, str, str], ...]] = (

@@ -13,12 +13,8 @@ from replicator.prism.errors import (
     PrismPermissionError,
     PrismRefusedError,
 )
-from replicator.prism.types import Access
+from replicator.prism.types import BACKUP, CLUSTERS, VMS, Access
 from replicator.prism.v4_calls import V4Calls, quoted
-
-BACKUP: Final = "backup"
-VMS: Final = "VM administration"
-CLUSTERS: Final = "clusters read-only"
 
 #: Namespace and list of each thing that is only looked at, by duty, and what that needs.
 _READS: Final = (

@@ -9,10 +9,10 @@ import pytest
 import trio
 
 from replicator.log import EventLog
-from tests.cli.conftest import _logging_as_before, replctl
+from tests.cli.conftest import replctl
 from tests.log.support import Calendar, copy_log, three_months
 
-__all__ = ["_logging_as_before", "by_hand", "calendar", "copied", "made", "replctl"]
+__all__ = ["by_hand", "calendar", "copied", "made", "replctl"]
 
 
 @pytest.fixture(scope="session")

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from replicator.prism.types import BACKUP, CLUSTERS, VMS
 from replicator.prism.v3 import PrismV3
-from replicator.prism.v3_access import BACKUP, CLUSTERS, VMS
 from tests.prism.lab import PE, Asked, Said, scripted
 from tests.prism_v3.fake import PERMISSIONS, Fake, refused
 

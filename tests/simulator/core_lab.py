@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -17,9 +18,11 @@ from tests.limits import HANG_S
 
 MIB = 1 << 20
 GRAIN = 64 << 10
+#: Two runs of the tests at once do not meet.
+NET = f"127.77.{os.getpid() % 250 + 1}"
 
 
-def small_world(net: str = "127.77.1") -> World:
+def small_world(net: str = NET) -> World:
     """Two clusters with a container and a subnet each, and no VM."""
     world = World(central="central", address=f"{net}.1")
     for number, name in enumerate(("a", "b")):

@@ -15,12 +15,12 @@ from replicator.simulator import targets
 from replicator.simulator.core import Core
 from replicator.simulator.model import GroupDisk, IscsiClient, VolumeGroup
 from tests.limits import HANG_S
-from tests.simulator.core_lab import MIB, done, failed, guest, make_vm, small_core, snapshot
+from tests.simulator.core_lab import MIB, NET, done, failed, guest, make_vm, small_core, snapshot
 
 ME = "iqn.2026-01.org.example:me"
 OTHER = "iqn.2026-01.org.example:other"
 SECRET = "Tq8sN2vLx5Rz"
-PORTAL = "127.77.1.21"
+PORTAL = f"{NET}.21"
 
 
 async def seen(initiator: str) -> str:
