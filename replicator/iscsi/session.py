@@ -71,11 +71,6 @@ class Session:
         self._failure: tuple[type[IscsiError], str] | None = None
 
     @property
-    def in_flight(self) -> int:
-        """Commands that the target has not yet answered."""
-        return len(self._tasks)
-
-    @property
     def lost(self) -> bool:
         """Whether the session has ended: nothing can be executed any more."""
         return self._failure is not None

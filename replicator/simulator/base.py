@@ -12,7 +12,7 @@ import trio
 from replicator.simulator.engine import Engine
 from replicator.simulator.faults import Faults
 from replicator.simulator.model import Entity, World
-from replicator.simulator.sources import DiskSource, Sources
+from replicator.simulator.sources import Sources
 from replicator.simulator.storage import Storage
 from replicator.simulator.targets import Targets
 from replicator.simulator.web import HttpError
@@ -54,29 +54,3 @@ class CoreBase:
     async def remove(self, path: Path) -> None:
         """Unlink a file, if it is there."""
         await trio.to_thread.run_sync(lambda: path.unlink(missing_ok=True))
-
-    # Sources of disks, for handlers. Each raises HttpError 404 for what is not there.
-
-    def source_blank(self, size: int) -> DiskSource:
-        """Zeros."""
-        return self.sources.blank(size)
-
-    def source_snapshot_disk(self, uuid: str) -> DiskSource:
-        """A disk in a snapshot."""
-        return self.sources.snapshot_disk(uuid)
-
-    def source_snapshot_path(self, path: str) -> DiskSource:
-        """A file by v3's path."""
-        return self.sources.path(path)
-
-    def source_vm_disk(self, uuid: str) -> DiskSource:
-        """A VM's disk as it is now."""
-        return self.sources.vm_disk(uuid)
-
-    def source_group_disk(self, uuid: str) -> DiskSource:
-        """A disk of a volume group."""
-        return self.sources.group_disk(uuid)
-
-    def source_image(self, uuid: str) -> DiskSource:
-        """An image with data."""
-        return self.sources.image(uuid)

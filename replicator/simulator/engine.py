@@ -14,8 +14,7 @@ from replicator.simulator.faults import Faults
 from replicator.simulator.model import AffectedEntity, Task, TaskError, World
 from replicator.simulator.web import HttpError
 
-#: How long an ended task can still be asked for, in seconds, and how many are kept.
-KEPT_S = 24 * 3600
+#: How many tasks are kept; of those that have ended the oldest go first.
 KEPT_MAX = 20_000
 
 Work = Callable[[Task], Awaitable[None]]

@@ -225,7 +225,7 @@ class AffectedEntity(msgspec.Struct, kw_only=True):
 
 
 class Task(Entity, kw_only=True):
-    """A task; ``name`` is the operation. ``details``: v4's completionDetails. Finished ones are kept for some hours."""
+    """A task; ``name`` is the operation. ``details``: v4's completionDetails. Of those that have ended the newest are kept."""
 
     status: TaskStatus = "QUEUED"
     progress: int = 0

@@ -73,7 +73,7 @@ async def make_vm(
 ) -> Vm:
     """A VM on cluster a with blank disks and an empty CD-ROM."""
     disks = [
-        (Disk(uuid=f"{name}-d{n}", backing=None, index=n), core.source_blank(size))
+        (Disk(uuid=f"{name}-d{n}", backing=None, index=n), core.sources.blank(size))
         for n, size in enumerate(sizes)
     ]
     cdrom = Disk(uuid=f"{name}-cd", backing=None, bus="IDE", cdrom=True)

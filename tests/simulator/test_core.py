@@ -182,7 +182,7 @@ async def test_a_volume_group_serves_a_clone_that_does_not_follow_the_vm(core: C
     await make_vm(core)
     await guest(core).write(0, b"a" * GRAIN)
     (disk, *_) = await snapshot(core, "one")
-    await done(core.create_group(group(core), [(group_disk(), core.source_snapshot_disk(disk))]))
+    await done(core.create_group(group(core), [(group_disk(), core.sources.snapshot_disk(disk))]))
     with core.storage.group_disk("gd").open("r+b") as file:
         file.write(b"z" * 512)
     assert core.storage.snapshot(disk).read_bytes()[:512] == b"a" * 512
@@ -218,7 +218,7 @@ async def test_a_vm_from_a_group_disk_an_image_and_a_clone(core: Core) -> None:
     (twin,) = (each for each in core.world.vms.values() if each.name == "twin")
     assert await guest(core, 0, twin.uuid).content() == await guest(core).content()
     assert twin.disks[0].uuid != vm.disks[0].uuid
-    await done(core.create_image(Image(uuid="i", name="i"), core.source_vm_disk("app-d0")))
+    await done(core.create_image(Image(uuid="i", name="i"), core.sources.vm_disk("app-d0")))
     assert core.image_file("i").read_bytes() == await guest(core).content()
     await done(core.delete_vm(twin.uuid))
     assert not any(core.storage.disk(d.backing).exists() for d in twin.disks if d.backing)

@@ -59,7 +59,7 @@ async def attached(core: Core, **more: object) -> str:
     for key, value in more.items():
         setattr(group, key, value)
     new = GroupDisk(uuid="gd", index=0, size=0, container="ct-a")
-    await done(core.create_group(group, [(new, core.source_snapshot_disk(disk))]))
+    await done(core.create_group(group, [(new, core.sources.snapshot_disk(disk))]))
     await done(
         core.attach_client("vg", IscsiClient(uuid="ic", initiator=ME, secret="Zb7mW4kPq9Xy"))
     )
@@ -108,7 +108,7 @@ async def test_an_initiator_has_a_secret_for_each_group(tmp_path: Path) -> None:
             uuid="vg2", name="vg2", cluster="a", target="drx-2-abc", chap=True, secret=secret
         )
         new = GroupDisk(uuid="gd2", index=0, size=0, container="ct-a")
-        await done(core.create_group(group, [(new, core.source_snapshot_disk(disk))]))
+        await done(core.create_group(group, [(new, core.sources.snapshot_disk(disk))]))
         await done(core.attach_client("vg2", IscsiClient(uuid="ic2", initiator=ME)))
         second = "iqn.2010-06.com.nutanix:drx-2-abc-tgt0"
         for target, good, bad in ((first, SECRET, secret), (second, secret, SECRET)):
@@ -133,7 +133,7 @@ async def test_disks_are_spread_over_the_targets_and_the_cvms(tmp_path: Path) ->
     async with small_core(tmp_path / "sim") as core:
         await attached(core)
         blank = GroupDisk(uuid="gd9", index=1, size=MIB, container="ct-a")
-        await done(core.add_group_disk("vg", blank, core.source_blank(MIB)))
+        await done(core.add_group_disk("vg", blank, core.sources.blank(MIB)))
         shown = await seen(ME)
         assert "drx-1-abc-tgt0" in shown
         assert "drx-1-abc-tgt1" in shown

@@ -253,7 +253,7 @@ class ElementV2:
         disk = Disk(uuid=str(uuid4()), backing=None, bus=bus.upper(), index=index)
         if create is not None:
             disk.container = create["storage_container_uuid"]
-            return disk, self._v3.core.source_blank(create["size"])
+            return disk, self._v3.core.sources.blank(create["size"])
         assert clone is not None
         disk.container = clone.get("storage_container_uuid", "")
         disk.size = clone.get("minimum_size", 0)
@@ -263,12 +263,12 @@ class ElementV2:
         """Where the bytes of a clone come from: a file's path, or a disk's id. Raises HttpError 404."""
         core = self._v3.core
         if "ndfs_filepath" in address:
-            return core.source_snapshot_path(address["ndfs_filepath"])
+            return core.sources.path(address["ndfs_filepath"])
         if "vmdisk_uuid" in address:
             try:
-                return core.source_vm_disk(address["vmdisk_uuid"])
+                return core.sources.vm_disk(address["vmdisk_uuid"])
             except HttpError:
-                return core.source_group_disk(address["vmdisk_uuid"])
+                return core.sources.group_disk(address["vmdisk_uuid"])
         raise InvalidError("disk_address: needs ndfs_filepath or vmdisk_uuid", "MISSING_ATTRIBUTE")
 
     async def detach_disks(self, request: Request, vm: str) -> Reply:

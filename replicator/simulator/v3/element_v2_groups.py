@@ -144,7 +144,7 @@ class ElementGroups:
                     raise InvalidError(
                         "create_spec: needs container_uuid and size or size_mb", "MISSING_ATTRIBUTE"
                     )
-                source = self._v3.core.source_blank(size)
+                source = self._v3.core.sources.blank(size)
             if container is not None and container not in self._v3.world.containers:
                 raise HttpError(404, f"storage container {container} not found", "not_found")
             where = container or self._v3.core.default_container(group.cluster)

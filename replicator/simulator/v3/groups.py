@@ -159,7 +159,7 @@ class Groups:
             self._check_strategy(reference)
             source = source_of(self._v3, reference)
         elif size and container is not None:
-            source = self._v3.core.source_blank(size)
+            source = self._v3.core.sources.blank(size)
         else:
             raise InvalidError(
                 "disk_list: a disk needs a data_source_reference, or a size and a storage_container_uuid",

@@ -125,7 +125,7 @@ class Images:
         if uri.startswith("nfs://"):
             if not self._v3.knob("v3_image_from_nfs", default=True):
                 raise InvalidError("source_uri: nfs is not supported", "REQUEST_NOT_SUPPORTED")
-            return self._v3.core.source_snapshot_path(path_of_url(self._v3, uri))
+            return self._v3.core.sources.path(path_of_url(self._v3, uri))
         if not uri.startswith(("http://", "https://")):
             raise InvalidError(f"source_uri: {uri!r} is not http, https or nfs")
         options = resources.get("source_options", {})

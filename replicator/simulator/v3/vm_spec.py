@@ -243,25 +243,25 @@ def disk_from(v3: V3, given: Json, taken: set[tuple[str, int]]) -> NewDisk:
         raise InvalidError(
             "disk_list: a disk needs a size or a data_source_reference", "MISSING_ATTRIBUTE"
         )
-    return disk, v3.core.source_blank(size)
+    return disk, v3.core.sources.blank(size)
 
 
 def source_of(v3: V3, reference: Json) -> DiskSource:
     """What a data_source_reference names: an image, a VM's disk, a volume group's disk, or a file by its URL."""
     kind, uuid, url = reference.get("kind"), reference.get("uuid"), reference.get("url")
     if url is not None:
-        return v3.core.source_snapshot_path(path_of_url(v3, url))
+        return v3.core.sources.path(path_of_url(v3, url))
     if uuid is None:
         raise InvalidError(
             "data_source_reference: 'uuid' is a required property", "MISSING_ATTRIBUTE"
         )
     if kind == "image":
-        return v3.core.source_image(uuid)
+        return v3.core.sources.image(uuid)
     if kind == "vm_disk":
         try:
-            return v3.core.source_vm_disk(uuid)
+            return v3.core.sources.vm_disk(uuid)
         except HttpError:
-            return v3.core.source_group_disk(uuid)
+            return v3.core.sources.group_disk(uuid)
     raise InvalidError(f"data_source_reference: kind {kind!r} is not one of ['image', 'vm_disk']")
 
 
