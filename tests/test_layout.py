@@ -32,6 +32,7 @@ ORDER = (
     "replicator.durable",
     "replicator.direct",
     "replicator.disk",
+    "replicator.hardware",
     "replicator.phcbt",
     "replicator.imagemap",
     "replicator.domain",

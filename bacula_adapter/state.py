@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""Where the backend keeps what outlives a job: a folder below ``state_dir/bacula`` with a log, a journal and maps of its own.
+
+A folder belongs to one backend at a time, so that several jobs run beside each other, and beside `replctl run`: a folder a
+Bacula job and VM for backups, a few for restores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from urllib.parse import quote
+
+import msgspec
+import trio
+
+from replicator import durable
+from replicator.config import Config
+from replicator.log import EventLog, open_log
+from replicator.state_dir import check_directory, open_state_dir
+
+#: Below the state directory and the working directory.
+FOLDER = "bacula"
+
+
+@dataclass(frozen=True, slots=True)
+class JobState:
+    """An open folder. ``config``: the host's, with the state and working directories of this folder alone."""
+
+    config: Config
+    log: EventLog
+
+
+def folder_of(config: Config, *parts: str) -> Path:
+    """The folder that ``open_job_state`` opens; a part may be any text."""
+    return config.state_dir.joinpath(FOLDER, *(_safe(part) for part in parts))
+
+
+@asynccontextmanager
+async def open_job_state(config: Config, *parts: str) -> AsyncIterator[JobState]:
+    """Hold a folder alone, made if need be. Raises RefusedError while another process has it, UsageError, StateError."""
+    folder = folder_of(config, *parts)
+    work = config.work_path.joinpath(FOLDER, *(_safe(part) for part in parts))
+    own = msgspec.structs.replace(config, state_dir=folder, working_dir=work)
+    await trio.to_thread.run_sync(partial(_make, config, folder, work))
+    with open_state_dir(folder):
+        async with open_log(folder / "events") as log:
+            yield JobState(own, log)
+
+
+def _make(config: Config, folder: Path, work: Path) -> None:
+    check_directory(config.state_dir, "state_dir")
+    check_directory(config.work_path, "working_dir")
+    for root, path in ((config.state_dir, folder.parent), (config.work_path, work)):
+        durable.make_dir(root)
+        for parent in reversed([path, *path.relative_to(root).parents]):
+            durable.make_dir(root / parent)
+
+
+def _safe(part: str) -> str:
+    """A file name for any text, the same for no other text."""
+    name = quote(part, safe=" @+,=()")
+    return name.replace(".", "%2E") if name.strip(".") == "" else name
+
+
+__all__ = ["FOLDER", "JobState", "folder_of", "open_job_state"]
