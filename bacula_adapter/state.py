@@ -52,12 +52,15 @@ async def open_job_state(config: Config, *parts: str) -> AsyncIterator[JobState]
 
 
 def _make(config: Config, folder: Path, work: Path) -> None:
-    check_directory(config.state_dir, "state_dir")
-    check_directory(config.work_path, "working_dir")
-    for root, path in ((config.state_dir, folder.parent), (config.work_path, work)):
+    for key, root, path in (
+        ("state_dir", config.state_dir, folder.parent),
+        ("working_dir", config.work_path, work),
+    ):
+        check_directory(root, key)
         durable.make_dir(root)
-        for parent in reversed([path, *path.relative_to(root).parents]):
-            durable.make_dir(root / parent)
+        for parent in reversed([path, *path.parents]):
+            if parent != root and root in parent.parents:
+                durable.make_dir(parent)
 
 
 def _safe(part: str) -> str:
