@@ -51,10 +51,22 @@ def parse_name(text: str) -> VirtualName | None:
         return None
     root, vm = match["root"], match["vm"]
     if match["dnumber"]:
-        return VirtualName(root, vm, "description", "", int(match["dnumber"]), match["did"])
-    if match["number"]:
-        return VirtualName(root, vm, "delta", match["disk"], int(match["number"]), match["id"])
-    return VirtualName(root, vm, "raw", match["disk"])
+        name = VirtualName(root, vm, "description", "", int(match["dnumber"]), match["did"])
+    elif match["number"]:
+        name = VirtualName(root, vm, "delta", match["disk"], int(match["number"]), match["id"])
+    else:
+        name = VirtualName(root, vm, "raw", match["disk"])
+    return name if str(name) == text else None
 
 
-__all__ = ["ROOTS", "VirtualName", "parse_name"]
+def find_name(text: str) -> tuple[str, VirtualName] | None:
+    """The name at the end of a path, and what stands before it; None if there is none."""
+    parts = text.split("/")
+    for count in (4, 3):
+        name = parse_name("/".join(parts[-count:]))
+        if name is not None:
+            return ("/".join(parts[:-count]) or "/" * (len(parts) > count), name)
+    return None
+
+
+__all__ = ["ROOTS", "VirtualName", "find_name", "parse_name"]

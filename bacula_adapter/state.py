@@ -7,8 +7,9 @@ Bacula job and VM for backups, a few for restores.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,11 +20,18 @@ import trio
 
 from replicator import durable
 from replicator.config import Config
-from replicator.log import EventLog, open_log
+from replicator.errors import RefusedError
+from replicator.log import EventLog, chains, open_log
 from replicator.state_dir import check_directory, open_state_dir
 
 #: Below the state directory and the working directory.
-FOLDER = "bacula"
+FOLDER = chains.FOLDER
+#: Of backups: below it a folder for each of Bacula's jobs, in that one for each VM.
+JOBS = chains.JOBS
+
+
+class HeldError(RefusedError):
+    """Another process has the folder; the message says which."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,13 +50,25 @@ def folder_of(config: Config, *parts: str) -> Path:
 @asynccontextmanager
 async def open_job_state(config: Config, *parts: str) -> AsyncIterator[JobState]:
     """Hold a folder alone, made if need be. Raises RefusedError while another process has it, UsageError, StateError."""
+    async with hold_job_state(config, *parts) as own, open_log(own.state_dir / "events") as log:
+        yield JobState(own, log)
+
+
+@asynccontextmanager
+async def hold_job_state(config: Config, *parts: str) -> AsyncIterator[Config]:
+    """The same, with its log closed: open it in ``state_dir/events`` of the configuration that this yields, when it is needed."""
     folder = folder_of(config, *parts)
-    work = config.work_path.joinpath(FOLDER, *(_safe(part) for part in parts))
+    # Short, and of a length that does not depend on names: a Unix socket may have to go there.
+    name = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
+    work = config.work_path.joinpath(FOLDER, name)
     own = msgspec.structs.replace(config, state_dir=folder, working_dir=work)
     await trio.to_thread.run_sync(partial(_make, config, folder, work))
-    with open_state_dir(folder):
-        async with open_log(folder / "events") as log:
-            yield JobState(own, log)
+    with ExitStack() as held:
+        try:
+            held.enter_context(open_state_dir(folder))
+        except RefusedError as error:
+            raise HeldError(str(error)) from None
+        yield own
 
 
 def _make(config: Config, folder: Path, work: Path) -> None:
@@ -69,4 +89,12 @@ def _safe(part: str) -> str:
     return name.replace(".", "%2E") if name.strip(".") == "" else name
 
 
-__all__ = ["FOLDER", "JobState", "folder_of", "open_job_state"]
+__all__ = [
+    "FOLDER",
+    "JOBS",
+    "HeldError",
+    "JobState",
+    "folder_of",
+    "hold_job_state",
+    "open_job_state",
+]

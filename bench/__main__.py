@@ -16,7 +16,18 @@ import trio
 
 from bench.report import Result
 
-NAMES = ("seed", "cycle", "transport", "memory", "wan", "eventstore", "month", "iscsi", "nutanix")
+NAMES = (
+    "seed",
+    "cycle",
+    "transport",
+    "memory",
+    "wan",
+    "eventstore",
+    "month",
+    "iscsi",
+    "nutanix",
+    "bacula",
+)
 PAIRS = 5
 
 

@@ -91,6 +91,12 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     vcpu: Count | None = None
     memory_mib: Annotated[int, msgspec.Meta(ge=1, le=1 << 30)] | None = None
     cross_restore: bool = True
+    target_format: Literal["raw", "qcow2", "vmdk", "vhd", "vhdx"] = "raw"
+    from_: Literal["replica"] | None = msgspec.field(default=None, name="from")
+    point: Annotated[int, msgspec.Meta(ge=1, le=1 << 31)] | None = None
+    bacula_streams: Literal["auto", "addressed", "plain"] = "auto"
+    backend_timeout: Annotated[int, msgspec.Meta(ge=5, le=3600)] = 120
+    backup_reference_days: Annotated[int, msgspec.Meta(ge=1, le=365)] = 35
     # The DR channel
     dr_host: str = ""
     dr_port: Port = 9848
@@ -175,7 +181,7 @@ def load(path: Path) -> Config:
 
 def load_noting(path: Path) -> tuple[Config, list[str]]:
     """As ``load``, and a line about each key in the file that does nothing on this side."""
-    values = _read(path)
+    values = read_values(path)
     try:
         config = check(values)
     except UsageError as error:
@@ -201,8 +207,8 @@ def _idle_keys(values: dict[str, str], config: Config) -> list[str]:
     return found
 
 
-def _read(path: Path) -> dict[str, str]:
-    """The values in a file, not checked yet."""
+def read_values(path: Path) -> dict[str, str]:
+    """The values in a file, not checked yet. Raises UsageError where it cannot be read, or holds a secret and is open to others."""
     try:
         with path.open("rb") as file:
             text = file.read(_FILE_SIZE_MAX + 1)
@@ -242,7 +248,7 @@ def parse_lines(text: str) -> dict[str, str]:
 
 def check(values: dict[str, str]) -> Config:
     """Check all values together. Raises UsageError that names the key, never its secret."""
-    known = {field.name for field in msgspec.structs.fields(Config)}
+    known = {field.encode_name for field in msgspec.structs.fields(Config)}
     for key in values:
         if key not in known:
             near = difflib.get_close_matches(key, known, 1)
@@ -266,6 +272,12 @@ def check(values: dict[str, str]) -> Config:
             raise UsageError(f"{key}: expected a host name or an address") from None
     _check_credentials(config)
     _check_prism(config, port_given="prism_port" in values)
+    if config.point is not None and not config.from_ and not config.mode.startswith("failover-"):
+        raise UsageError("point: says which recovery point to back up; give from = replica too")
+    if config.from_ and config.is_source:
+        raise UsageError(
+            "from: replica is for the receiver's host, where the recovery points are; dr_host says that this is a source"
+        )
     return config
 
 
@@ -333,7 +345,9 @@ def _check_credentials(config: Config) -> None:
 def _allowed(key: str) -> str:
     """What a key may be set to, in words."""
     fields = msgspec.structs.fields(Config)
-    kind = msgspec.inspect.type_info(next(field.type for field in fields if field.name == key))
+    kind = msgspec.inspect.type_info(
+        next(field.type for field in fields if field.encode_name == key)
+    )
     if isinstance(kind, msgspec.inspect.UnionType):  # or None: the default, which nobody writes
         kind = next(each for each in kind.types if not isinstance(each, msgspec.inspect.NoneType))
     match kind:

@@ -37,6 +37,56 @@ class Staging:
         return self._memory
 
 
+class PastCache:
+    """Writes whole blocks of ``file`` past the page cache, until the file system says that it cannot.
+
+    Several threads may write at once. Raises OSError; the range is undefined then.
+    """
+
+    def __init__(self, file: durable.DurableFile) -> None:
+        self._file = file
+        self._fd: int | None = None
+        #: Whether the file system has said so.
+        self.refused = False
+
+    def open(self) -> None:
+        """Open the file once more; ``write`` does it when it is first needed. Raises nothing where it cannot be had."""
+        try:
+            self._fd = os.open(self._file.path, os.O_RDWR | os.O_CLOEXEC | os.O_DIRECT)
+        except OSError as error:
+            self._refuse(error)
+
+    def write(self, view: memoryview, offset: int) -> bool:
+        """Write aligned memory; whether it could be done so. If not, some of it may have been written."""
+        if self._fd is None and not self.refused:
+            self.open()
+        if self.refused:
+            return False
+        assert self._fd is not None
+        try:
+            durable.observe("write", self._file.path)
+            while view:
+                count = os.pwrite(self._fd, view, offset)
+                if count % BLOCK or not count:
+                    raise OSError(errno.EINVAL, "a part of a block was written")
+                view, offset = view[count:], offset + count
+        except OSError as error:
+            self._refuse(error)
+            return False
+        return True
+
+    def close(self) -> None:
+        """Close what this opened; the file stays open."""
+        if self._fd is not None:
+            os.close(self._fd)
+            self._fd = None
+
+    def _refuse(self, error: OSError) -> None:
+        if error.errno not in _CANNOT:
+            raise error
+        self.refused = True
+
+
 class Appender:
     """Appends to ``file``, which must be at least ``end`` bytes long. Large pieces go past the page cache, up to the last whole
     block; ``written`` is how far the file has what was appended, and ``flush`` brings it to the end.
@@ -48,8 +98,7 @@ class Appender:
     def __init__(self, file: durable.DurableFile, end: int, staging: Staging) -> None:
         self._file = file
         self._staging = staging
-        self._direct: int | None = None
-        self._refused = False
+        self._direct = PastCache(file)
         self._tail = (
             b""  # what was appended and not written: less than a block, from a block border on
         )
@@ -60,7 +109,11 @@ class Appender:
         """Append a piece, of any length."""
         start = self.end
         self.end += len(piece)
-        if len(piece) < _WORTH or len(piece) > self._staging.size - 2 * BLOCK or self._refused:
+        if (
+            len(piece) < _WORTH
+            or len(piece) > self._staging.size - 2 * BLOCK
+            or self._direct.refused
+        ):
             self.flush()
             self._file.write_at(piece, start)
             self.written = self.end
@@ -71,7 +124,7 @@ class Appender:
         memory[: len(head)] = head
         memory[len(head) : len(head) + len(piece)] = piece
         whole = (self.end - base) // BLOCK * BLOCK
-        if not self._write_direct(memory[:whole], base):
+        if not self._direct.write(memory[:whole], base):
             self._file.write_at(memory[: self.end - base], base)
             self.written, self._tail = self.end, b""
             return
@@ -87,9 +140,7 @@ class Appender:
 
     def close(self) -> None:
         """Close what this opened; the file stays open."""
-        if self._direct is not None:
-            os.close(self._direct)
-            self._direct = None
+        self._direct.close()
 
     def _head(self, base: int, start: int) -> bytes:
         """The bytes of the file from ``base`` to ``start``: the piece goes on in the middle of a block."""
@@ -97,23 +148,5 @@ class Appender:
             return self._tail
         return self._file.read_at(start - base, base)
 
-    def _write_direct(self, view: memoryview, offset: int) -> bool:
-        """Whether it could be done so."""
-        try:
-            if self._direct is None:
-                self._direct = os.open(self._file.path, os.O_RDWR | os.O_CLOEXEC | os.O_DIRECT)
-            durable.observe("write", self._file.path)
-            while view:
-                count = os.pwrite(self._direct, view, offset)
-                if count % BLOCK or not count:
-                    raise OSError(errno.EINVAL, "a part of a block was written")
-                view, offset = view[count:], offset + count
-        except OSError as error:
-            if error.errno not in _CANNOT:
-                raise
-            self._refused = True
-            return False
-        return True
 
-
-__all__ = ["BLOCK", "Appender", "Staging"]
+__all__ = ["BLOCK", "Appender", "PastCache", "Staging"]

@@ -8,6 +8,7 @@ A snapshot at the source, a recovery point on the receiver and a restored backup
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Iterable, Iterator
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -73,6 +74,17 @@ class MadeReadable(Protocol):
     def must_be_read(self) -> bool:
         """Whether what changed has data, so that it is made readable anyway. If not, it should seldom be read."""
         ...
+
+
+async def data_bytes(view: DiskView, since: str | None = None) -> int:
+    """How much would be read of a disk, or of what changed since that moment: what is known to be zeros is not. Raises
+    ReferenceLostError.
+    """
+    total = 0
+    async with aclosing(view.extents(since)) as extents:
+        async for extent in extents:
+            total += 0 if extent.zero else extent.length
+    return total
 
 
 def normalise(extents: Iterable[Extent], size: int) -> list[Extent]:

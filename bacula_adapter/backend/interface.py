@@ -67,7 +67,9 @@ class JobInfo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FileEntry:
-    """A virtual file. ``size`` is what it is restored to, in bytes. ``addressed``: its holes are not sent, if the plugin can."""
+    """A virtual file. ``size`` is what it is restored to, in bytes; of a file that is not ``addressed``, 0 says that it is not
+    known before its end (a delta). ``addressed``: its holes are not sent, if the plugin can.
+    """
 
     name: str
     size: int
@@ -84,12 +86,15 @@ class BackupOutput(Protocol):
         ...
 
     async def data(self, offset: int, data: bytes | bytearray | memoryview) -> None:
-        """Bytes at ``offset``, which ascends; gaps are zeros (sent as such where the file is not addressed)."""
+        """Bytes at ``offset``, which ascends; gaps are zeros (sent as such where the file is not addressed).
+
+        The memory of ``data`` is the caller's again when this returns: it must be written, or copied, by then.
+        """
         ...
 
     async def end(self) -> None:
         """The file is whole; what is missing up to its size is zeros if it is addressed. Raises ValueError if bytes of a file
-        that is not addressed are missing or too many.
+        that is not addressed, and whose size is not 0, are missing or too many.
         """
         ...
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 from bacula_adapter.description import Description
+from replicator.hardware import Hardware
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,11 +24,19 @@ class RestoredDisk:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RestoredVm:
-    """A VM with the disks that were asked for. ``description`` is that of the newest part; None for images from elsewhere."""
+    """A VM with the disks that were asked for. ``description`` is that of the newest part; None for images from elsewhere, of
+    which ``hardware`` says what is known.
+    """
 
     name: str
     disks: tuple[RestoredDisk, ...]
     description: Description | None = None
+    hardware: Hardware | None = None
+
+    @property
+    def made_of(self) -> Hardware | None:
+        """What the VM is made of, if anybody knows."""
+        return self.description.hardware if self.description is not None else self.hardware
 
 
 class Target(Protocol):

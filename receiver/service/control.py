@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -20,9 +21,10 @@ from receiver.store.verify import verify_point
 from receiver.store.vm_store import VmStore
 from replicator.control.metrics import PATH, Metrics
 from replicator.control.server import Answer, NotFoundError
+from replicator.disk import Extent
 from replicator.domain.sampling import first_day
 from replicator.domain.views import event_info, point_info, push_info, vm_status
-from replicator.errors import UsageError
+from replicator.errors import RefusedError, UsageError
 from replicator.log import EventLog, Wanted, actions
 from replicator.log.usage import sampling_of
 from replicator.nursery import flat_nursery
@@ -30,6 +32,8 @@ from replicator.push.rpo import forecast_s
 
 _HISTORY_MAX = 10_000
 _PROGRESS_S = 0.2
+#: Ranges in one line of an answer.
+_ROWS = 4096
 
 Lines = AsyncGenerator[dict[str, Any], None]
 
@@ -59,6 +63,7 @@ class ControlApi:
         self._posts: dict[tuple[str, ...], Callable[[VmStore, dict[str, Any]], Lines]] = {
             ("verify",): self._verify,
             ("export",): self._export,
+            ("changes",): self._changes,
             ("failover", "test"): self._test,
             ("failover", "undo"): self._undo,
         }
@@ -82,6 +87,8 @@ class ControlApi:
                 return await actions.accept(self._log, _text(body, "vm"))
             case ["v1", "vms", name, "points"] if method == "GET":
                 return self._points(self._stores.find(name))
+            case ["v1", "vms", name, "points", number] if method == "GET":
+                return self._disks(self._stores.find(name), _number(number, "point"))
             case ["v1", "vms", name, "history"] if method == "GET":
                 return await self._history(self._stores.find(name), url.query)
             case ["v1", "vms", name, *action] if method == "POST" and tuple(action) in self._posts:
@@ -122,6 +129,24 @@ class ControlApi:
                 point_info(vm, vm.points[number], held=store.is_held(number))
                 for number in sorted(vm.points)
             ]
+        }
+
+    def _disks(self, store: VmStore, number: int) -> dict[str, Any]:
+        """PointDisks of docs/json.md."""
+        point = store.vm.get_point(number)
+        return {
+            "point": point.number,
+            "push_id": point.push_id,
+            "taken_at_us": point.taken_at_us,
+            "disks": [
+                {
+                    "disk": disk.disk,
+                    "identity": disk.identity,
+                    "size": disk.size,
+                    "root": disk.root.hex(),
+                }
+                for disk in point.disks
+            ],
         }
 
     async def _history(self, store: VmStore, query: str) -> dict[str, Any]:
@@ -169,6 +194,22 @@ class ControlApi:
         async with export_disk(store, _point(body), disk, self._run_dir) as export:
             yield {"export": export}
             await trio.sleep_forever()  # until the client goes away
+
+    async def _changes(self, store: VmStore, body: dict[str, Any]) -> Lines:
+        """What changed of a disk from one point to another, in rows of offset and length. 409 where that is not kept."""
+        disk, count = _text(body, "disk"), 0
+        if _point(body, "from") is None:
+            raise UsageError("from: expected the number of a recovery point")
+        async with store.hold(_point(body, "from")) as older, store.hold(_point(body)) as newer:
+            if newer.disk(disk) is None:
+                raise RefusedError(
+                    f"point {newer.number} of VM {store.vm.name} has no disk {disk!r}"
+                )
+            async with store.open_changes(older, newer, disk) as found:
+                while rows := await trio.to_thread.run_sync(_take, found):
+                    count += len(rows)
+                    yield {"changes": rows}
+        yield {"result": {"from": older.number, "point": newer.number, "ranges": count}}
 
     async def _test(self, store: VmStore, body: dict[str, Any]) -> Lines:
         point = _point(body)
@@ -254,10 +295,15 @@ def _number(text: str, what: str) -> int:
     return int(text)
 
 
-def _point(body: dict[str, Any]) -> int | None:
-    point = body.get("point")
+def _point(body: dict[str, Any], key: str = "point") -> int | None:
+    point = body.get(key)
     if point is None:
         return None
     if not isinstance(point, int) or isinstance(point, bool) or point < 1:
-        raise UsageError("point: expected the number of a recovery point")
+        raise UsageError(f"{key}: expected the number of a recovery point")
     return point
+
+
+def _take(extents: Iterator[Extent]) -> list[list[int]]:
+    """The next rows of an answer. Blocks."""
+    return [[each.offset, each.length] for each in itertools.islice(extents, _ROWS)]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -23,11 +23,13 @@ from eventsourcing.persistence import PersistenceError
 
 from receiver.store import apply, maps, recovery, sharing
 from receiver.store.admission import PushRefusedHereError, check_push, new_disks, new_point, no_base
+from receiver.store.changes import change_files, changed
 from receiver.store.files import stack_files
 from receiver.store.landing import Landing, remove_folder
 from receiver.store.layout import VmPaths, stem
 from receiver.store.view import Gate, PointView, Replica, Shape
 from replicator import durable
+from replicator.disk import Extent
 from replicator.domain.model import Damage, Point, PointDisk, PushKind
 from replicator.domain.vm import ProtectedVm
 from replicator.errors import DamageError, PhcbtError, RefusedError, ReplicatorError, StateError
@@ -478,6 +480,38 @@ class VmStore:
             with trio.CancelScope(shield=True):
                 async with self._gate.alone():
                     opened.view.close()
+
+    @asynccontextmanager
+    async def open_changes(
+        self, older: Point, newer: Point, disk: str
+    ) -> AsyncIterator[Iterator[Extent]]:
+        """What changed of a disk between two held points; going on in it blocks. Raises RefusedError where that is not kept,
+        DamageError if a file is missing or unusable.
+        """
+        async with self._stacks:  # the log and the files say the same
+            found = await trio.to_thread.run_sync(self._open_changes, older, newer, disk)
+        chosen = newer.disk(disk)
+        assert chosen is not None
+        try:
+            yield changed(found[0], found[1], chosen.size)
+        finally:
+            for delta in found[0]:
+                delta.close()
+
+    def _open_changes(
+        self, older: Point, newer: Point, disk: str
+    ) -> tuple[list[StoredDelta], tuple[Extent, ...]]:
+        files = change_files(self.vm, self.paths, older, newer, disk)
+        opened: list[StoredDelta] = []
+        try:
+            opened.extend(map(StoredDelta, files.deltas))
+        except (OSError, PhcbtError, DamageError) as error:
+            for delta in opened:
+                delta.close()
+            raise DamageError(
+                f"{disk}, points {older.number} to {newer.number}: {error}"
+            ) from error
+        return opened, files.grown
 
     def _open_view(self, point: Point, disk: PointDisk) -> _OpenView:
         files = stack_files(self.vm, self.paths, point, disk)

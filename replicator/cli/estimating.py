@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import secrets
 from collections.abc import Sequence
-from contextlib import aclosing
 from typing import Any
 
 import click
@@ -20,7 +19,7 @@ from replicator.cli.fleet import FAILURES, SeveralFailedError, in_turn, make_wor
 from replicator.cli.source import ChosenVm, Sources, find_sources
 from replicator.cli.text import one_line
 from replicator.config import Config
-from replicator.disk import DiskView
+from replicator.disk import data_bytes
 from replicator.domain.model import Point
 from replicator.domain.views import instant
 from replicator.errors import ReferenceLostError, RefusedError, SourceError, UsageError
@@ -164,7 +163,7 @@ async def _disk(
     snapshot: Snapshot, disk: SourceDisk, name: str, newest: Point | None
 ) -> dict[str, Any]:
     """DiskEstimate."""
-    full = await _data_bytes(disk.view, None)
+    full = await data_bytes(disk.view, None)
     incremental: int | None = None
     reason = None
     old = newest.disk(name) if newest is not None else None
@@ -176,7 +175,7 @@ async def _disk(
         reason = snapshot.lost_tracking
     else:
         try:
-            incremental = await _data_bytes(disk.view, newest.push_id)
+            incremental = await data_bytes(disk.view, newest.push_id)
         except ReferenceLostError as error:
             reason = str(error)
     return {
@@ -187,15 +186,6 @@ async def _disk(
         "incremental_bytes": incremental,
         "reason": reason,
     }
-
-
-async def _data_bytes(view: DiskView, since: str | None) -> int:
-    """How much would be read: what is known to be zeros is not."""
-    total = 0
-    async with aclosing(view.extents(since)) as extents:
-        async for extent in extents:
-            total += 0 if extent.zero else extent.length
-    return total
 
 
 def _sum(counts: Sequence[int | None]) -> int | None:

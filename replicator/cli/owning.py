@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import click
@@ -15,7 +17,7 @@ from replicator.cli.context import CliContext
 from replicator.cli.text import one_line
 from replicator.config import Config
 from replicator.domain.views import instant
-from replicator.errors import ReplicatorError, UsageError
+from replicator.errors import ReplicatorError, StateError, UsageError
 from replicator.log import EventLog, open_log
 from replicator.prism.api import Prism
 from replicator.prism.discovery import open_prism
@@ -24,13 +26,15 @@ from replicator.prism.types import Kind
 from replicator.prism_access import prism_settings
 from replicator.push import journal
 from replicator.sources.nutanix import names
-from replicator.sources.nutanix.ledger import INSTALLATION, OBJECTS, Ledger, read_entries
+from replicator.sources.nutanix.ledger import INSTALLATION, OBJECTS, Entry, Ledger, read_entries
 from replicator.sources.nutanix.site import now_us
-from replicator.sources.nutanix.sweep import Owned, gone_vms, judge, sweep_clusters
+from replicator.sources.nutanix.sweep import Owned, Why, gone_vms, judge, sweep_clusters
 from replicator.state_dir import open_state_dir
 
 _logger = logging.getLogger(__name__)
 
+#: Below the state directory: what Bacula's jobs keep.
+_JOBS = "bacula"
 _WORDS: Mapping[Kind, str] = {
     Kind.SNAPSHOT: "snapshot",
     Kind.VOLUME_GROUP: "volume group",
@@ -98,17 +102,57 @@ def _info(each: Owned) -> dict[str, Any]:
 
 
 async def _list(config: Config, settings: PrismSettings, others: bool) -> list[Owned]:
-    folder = config.state_dir / "events"
-    if not await trio.Path(folder).is_dir():
+    has_log = await trio.Path(config.state_dir / "events").is_dir()
+    jobs = await trio.to_thread.run_sync(_job_logs, config.state_dir)
+    if not has_log and not jobs:
         _logger.warning(
             "no log in %s yet: nothing of the clusters is this installation's", config.state_dir
         )
         if not others:
             return []
-        async with open_prism(settings) as prism:
-            return await _others(prism)
-    async with open_prism(settings) as prism, open_log(folder, readonly=True) as log:
-        return (await _look(log, prism, others))[0]
+    async with open_prism(settings) as prism:
+        if has_log:
+            async with open_log(config.state_dir / "events", readonly=True) as log:
+                found = (await _look(log, prism, others or bool(jobs)))[0]
+        else:
+            found = await _others(prism)
+        of_jobs = [each for log_of in jobs for each in await _of_job(log_of, found)]
+    named = {each.name for each in of_jobs}
+    return [
+        each for each in found if each.name not in named and (others or each.why is not Why.OTHERS)
+    ] + of_jobs
+
+
+def _job_logs(state_dir: Path) -> list[Path]:
+    """The logs of Bacula jobs on this host: each has an installation's id of its own."""
+    return sorted(path for path in (state_dir / _JOBS).rglob("events") if path.is_dir())
+
+
+async def _of_job(folder: Path, found: Iterable[Owned]) -> list[Owned]:
+    """What among ``found`` is of one Bacula job's chain, or of its restores. Only the job itself removes any of it."""
+    try:
+        async with open_log(folder, readonly=True) as log:
+            installation = await log.journal_get(INSTALLATION)
+            entries = read_entries(await log.journal_items(OBJECTS))
+    except StateError as error:
+        _logger.warning("%s", error)
+        return []
+    known = {(entry.kind, entry.name): entry for entry in entries}
+    own = names.prefix(installation) if names.is_installation(installation) else None
+    return [
+        dataclasses.replace(each, why=_why(each, entry), entry=entry)
+        for each in found
+        if own is not None and each.name.startswith(own)
+        for entry in (known.get((each.kind, each.name)),)
+    ]
+
+
+def _why(each: Owned, entry: Entry | None) -> Why:
+    if each.kind is Kind.VM:
+        return Why.VM
+    if entry is None or entry.dropped:
+        return Why.LEFT
+    return Why.REFERENCE if entry.reference else Why.JOB
 
 
 async def _look(log: EventLog, prism: Prism, others: bool) -> tuple[list[Owned], set[str]]:

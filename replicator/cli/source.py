@@ -117,8 +117,11 @@ class OneSource:
         return [self._chosen]
 
 
-def make_source(config: Config) -> Source:
-    """The source of the one VM of a host whose ``source`` is image or qemu. Raises UsageError that names the key."""
+def make_source(config: Config, family: str = "") -> Source:
+    """The source of the one VM of a host whose ``source`` is image or qemu. Raises UsageError that names the key.
+
+    ``family``: whose snapshots they are, where others than `replctl run` read the same QEMU.
+    """
     if config.source == "image":
         name = vm_name(config)
         if name is None:
@@ -138,6 +141,7 @@ def make_source(config: Config) -> Source:
             name=name,
             nbd_socket=config.qemu_nbd_socket,
             grain=GRAIN,
+            family=family,
         )
     except SourceError as error:
         # A path that no socket can have: QEMU was not asked anything yet.

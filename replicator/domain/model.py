@@ -10,6 +10,8 @@ from uuid import UUID, uuid5
 
 import msgspec
 
+from replicator.domain.backup import Backups
+
 #: Namespace of the ids of VM streams; fixed for ever, because logs hold ids made with it.
 STREAMS = UUID("6f0a3c1e-2c55-5c7e-9d5e-7b1f0f3a9d21")
 
@@ -133,6 +135,7 @@ class Balance(msgspec.Struct, frozen=True, array_like=True):
     doubtful: tuple[int, ...] = ()
     breach: RpoBreach | None = None
     verified_at_us: int = 0
+    backups: Backups | None = None
 
 
 def file_stem(disk: str, since: int) -> str:

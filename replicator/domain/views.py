@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 from eventsourcing.domain import Aggregate
 
+from replicator.domain.backup import BackupPart
 from replicator.domain.failover import State
 from replicator.domain.model import Balance, Damage, Point, RpoBreach, Suspicion, TestClone
 from replicator.domain.sampling import WINDOW_DAYS, missed_percent_max
@@ -21,6 +22,7 @@ from replicator.domain.vm import ProtectedVm, event_kind, event_time_us
 
 #: Fields that events store as arrays, and the type that gives their items names.
 _STRUCTS: dict[str, Any] = {
+    "backup": BackupPart,
     "breach": RpoBreach,
     "damage": Damage,
     "clone": TestClone,

@@ -15,6 +15,7 @@ from uuid import UUID
 import msgspec
 from eventsourcing.domain import Aggregate
 
+from replicator.domain.backup import BackupFailure, BackupPart, Backups
 from replicator.domain.failover import Command, State, decide
 from replicator.domain.model import (
     Balance,
@@ -255,6 +256,56 @@ class ProtectedVm(Aggregate):
         def apply(self, aggregate: ProtectedVm) -> None:
             aggregate.peer_broken = None
 
+    class BackupCommitted(Event):
+        """A Bacula job that ended well has a part of this VM: what comes next may go on from it."""
+
+        TOPIC = "replctl:vm.backup-committed"
+        backup: list[Any]
+
+        def apply(self, aggregate: ProtectedVm) -> None:
+            part = msgspec.convert(self.backup, BackupPart)
+            aggregate.backups = aggregate.backups.committed(part)
+
+    class BackupFailed(Event):
+        """A Bacula job came to nothing for this VM; the reference is what it was."""
+
+        TOPIC = "replctl:vm.backup-failed"
+        job: str
+        job_id: int
+        level: str
+        reason: str
+
+        def apply(self, aggregate: ProtectedVm) -> None:
+            at_us = time_us(self.timestamp)
+            failure = BackupFailure(self.job, self.job_id, self.level, self.reason, at_us)
+            aggregate.backups = aggregate.backups.failing(failure)
+
+    class RestoreDone(Event):
+        """A Bacula job has restored this VM, or disks of it, to ``target``."""
+
+        TOPIC = "replctl:vm.restore-done"
+        job: str
+        job_id: int
+        target: str
+        bytes: int
+
+        def apply(self, aggregate: ProtectedVm) -> None:
+            known = aggregate.backups
+            aggregate.backups = msgspec.structs.replace(known, restored=known.restored + 1)
+
+    class RestoreFailed(Event):
+        """A Bacula job was to restore this VM and did not; what it had made was removed."""
+
+        TOPIC = "replctl:vm.restore-failed"
+        job: str
+        job_id: int
+        target: str
+        reason: str
+
+        def apply(self, aggregate: ProtectedVm) -> None:
+            failed = aggregate.backups.restores_failed + 1
+            aggregate.backups = msgspec.structs.replace(aggregate.backups, restores_failed=failed)
+
     def __init__(self, vm: str, name: str, role: str, period: int) -> None:
         self.vm = vm
         self.name = name
@@ -279,10 +330,11 @@ class ProtectedVm(Aggregate):
         self.doubtful: frozenset[int] = frozenset()  # points that may lack a change
         self.breach: RpoBreach | None = None
         self.verified_at_us = 0  # when a point was last found to be right; it may be gone since
+        self.backups = Backups()
 
     @classmethod
     def register(cls, vm: UUID, name: str, role: str, period: int = 1) -> ProtectedVm:
-        """A VM that this side has not known until now; ``role`` is source or receiver."""
+        """A VM that this side has not known until now; ``role`` is source, receiver or backup (Bacula's)."""
         return cls._create(
             cls.Registered,
             id=stream_id(vm, period),
@@ -319,6 +371,7 @@ class ProtectedVm(Aggregate):
             doubtful=tuple(sorted(self.doubtful)),
             breach=self.breach,
             verified_at_us=self.verified_at_us,
+            backups=self.backups if self.backups != Backups() else None,
         )
 
     @classmethod
@@ -338,6 +391,7 @@ class ProtectedVm(Aggregate):
         vm.abandoned_push, vm.peer_broken = balance.abandoned_push, balance.peer_broken
         vm.suspect, vm.doubtful = balance.suspect, frozenset(balance.doubtful)
         vm.breach, vm.verified_at_us = balance.breach, balance.verified_at_us
+        vm.backups = balance.backups or Backups()
         return vm
 
     def open_period(self, period: int) -> Any:
@@ -532,6 +586,32 @@ class ProtectedVm(Aggregate):
         if self.peer_broken is None:
             raise RefusedError(f"VM {self.name}: nothing is wrong with the other side's log")
         self.trigger_event(self.PeerLogAccepted)
+
+    # Backups
+
+    def commit_backup(self, part: BackupPart) -> None:
+        """Record a part that Bacula has. Raises RefusedError if it does not go on from what is recorded."""
+        known = self.backups
+        parents = {kept.part for kept in (known.last, known.full) if kept is not None}
+        if part.number != known.next_number or (part.parent and part.parent not in parents):
+            raise RefusedError(
+                f"part {part.number} of VM {self.name} does not go on from what is recorded of its backups"
+            )
+        self.trigger_event(self.BackupCommitted, backup=plain(part))
+
+    def fail_backup(self, job: str, job_id: int, level: str, reason: str) -> None:
+        """Record a job that came to nothing."""
+        self.trigger_event(self.BackupFailed, job=job, job_id=job_id, level=level, reason=reason)
+
+    def restore_done(self, job: str, job_id: int, target: str, bytes_restored: int) -> None:
+        """Record a restore that stays."""
+        self.trigger_event(
+            self.RestoreDone, job=job, job_id=job_id, target=target, bytes=bytes_restored
+        )
+
+    def restore_failed(self, job: str, job_id: int, target: str, reason: str) -> None:
+        """Record a restore that came to nothing."""
+        self.trigger_event(self.RestoreFailed, job=job, job_id=job_id, target=target, reason=reason)
 
     # Questions
 

@@ -8,19 +8,24 @@ They return once Prism's task has ended well. Methods that remove something are 
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Sequence
+from pathlib import Path
 from typing import Protocol
 from uuid import UUID
 
+from replicator.hardware import Hardware
 from replicator.prism.types import (
     Access,
     Attachment,
     Capability,
     Cluster,
     Consistency,
+    Container,
     DiskSnapshot,
     Found,
+    NewVm,
     RegionPage,
     Secrets,
+    Subnet,
     Vm,
     VmSnapshot,
     VmSummary,
@@ -51,6 +56,12 @@ class Prism(Protocol):
 
     async def vm(self, uuid: str) -> Vm:
         """One VM with its disks. Raises PrismNotFoundError."""
+        ...
+
+    async def hardware(self, vm: str | Vm) -> Hardware:
+        """What a VM is made of: by its id, or from what ``vm`` has told, which saves the requests for it. Disks of volume groups
+        are left out. Names of subnets, containers and clusters are asked for once; what the account may not see is empty.
+        """
         ...
 
     async def access(self) -> Sequence[Access]:
@@ -158,4 +169,52 @@ class Prism(Protocol):
 
     async def aclose(self) -> None:
         """Close every connection."""
+        ...
+
+
+class RestorePrism(Prism, Protocol):
+    """What is asked of Prism besides, to make a VM of images."""
+
+    async def subnets(self, cluster: str) -> Sequence[Subnet]:
+        """The subnets that a VM on that cluster can be in."""
+        ...
+
+    async def containers(self, cluster: str) -> Sequence[Container]:
+        """The storage containers of a cluster, its own ones among them."""
+        ...
+
+    async def macs(self) -> frozenset[str]:
+        """MAC addresses of the NICs of all VMs, in lower case."""
+        ...
+
+    async def check_upload(self) -> None:
+        """Raises PrismRefusedError where images cannot be uploaded here, and says what to do."""
+        ...
+
+    async def create_empty_image(self, name: str, cluster: str, description: str) -> str:
+        """An image without bytes, to be placed on ``cluster``; returns its id. The name stands for the request."""
+        ...
+
+    async def upload_image(self, uuid: str, path: Path, size: int) -> None:
+        """Give an image the bytes of a file, all ``size`` of them, holes as zeros; Prism checks their SHA-256.
+
+        Once: an upload that failed or was cancelled cannot be gone on with, nor repeated for the same image. Raises RefusedError
+        for a file that is of another size.
+        """
+        ...
+
+    async def create_vm(self, new: NewVm, request_id: UUID) -> str:
+        """A VM that is off; returns its id. Name and request id stand for the request."""
+        ...
+
+    async def rename_vm(self, uuid: str, name: str) -> None:
+        """Give it another name."""
+        ...
+
+    async def power_on(self, uuid: str) -> None:
+        """Have it run; fine where it does."""
+        ...
+
+    async def delete_vm(self, uuid: str) -> None:
+        """Delete it with its disks, whether it runs or not; fine where it is gone."""
         ...

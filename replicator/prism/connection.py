@@ -7,7 +7,7 @@ Knows nothing of accounts, retries or what the bodies mean.
 from __future__ import annotations
 
 import ssl
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +16,7 @@ import h11
 import trio
 
 from replicator.errors import UsageError
+from replicator.nursery import flat_nursery
 from replicator.prism.errors import (
     PrismAnswerError,
     PrismError,
@@ -31,10 +32,14 @@ BODY_MAX = 64 << 20
 _HEADERS_MAX = 64 << 10
 _HEADERS_COUNT_MAX = 200
 _RECEIVE = 64 << 10
+#: How long a server that stopped taking a body may take to say why.
+_LAST_WORDS_S = 5.0
 
 Headers = Sequence[tuple[str, str]]
 #: Makes a connection to a host and a port, without TLS. Raises OSError.
 Dial = Callable[[str, int], Awaitable[trio.abc.Stream]]
+#: A body, piece by piece; a piece is good until the next one is asked for.
+Pieces = AsyncIterable[bytes | memoryview]
 _BROKEN = (OSError, trio.BrokenResourceError, trio.ClosedResourceError, h11.RemoteProtocolError)
 
 
@@ -102,6 +107,20 @@ class _Wire:
             data += self.http.send(h11.Data(data=request.body)) or b""
         data += self.http.send(h11.EndOfMessage()) or b""
         await self.stream.send_all(data)
+
+    async def send_pieces(self, request: HttpRequest, pieces: Pieces, gap_s: float) -> None:
+        """A request whose Content-Length is in its headers, and its body; nothing of it is kept. ``gap_s``: for each piece."""
+        head = h11.Request(
+            method=request.method, target=request.target, headers=list(request.headers)
+        )
+        await self.stream.send_all(self.http.send(head) or b"")
+        async for piece in pieces:
+            # h11 only counts: the bytes go as they are.
+            data = h11.Data(data=piece)  # type: ignore[arg-type]
+            for part in self.http.send_with_data_passthrough(data) or ():
+                with trio.fail_after(gap_s):
+                    await self.stream.send_all(part)
+        await self.stream.send_all(self.http.send(h11.EndOfMessage()) or b"")
 
     async def head(self) -> h11.Response:
         """The answer's first part."""
@@ -256,6 +275,65 @@ class Connections:
                     yield HttpAnswer(head.status_code, _decoded(head)), pieces
             finally:
                 await self._put_back(wire, kept=False)
+
+    async def upload(
+        self, request: HttpRequest, pieces: Pieces, *, timeout_s: float, answer_s: float
+    ) -> HttpAnswer:
+        """Send one request with a body of any length, once, on a connection of its own; its answer is read whole.
+
+        ``timeout_s`` is for each piece that the server takes, ``answer_s`` for its answer after the last. Where it takes no more
+        of them, what it says about that is the answer. Errors as for ``exchange``, and what ``pieces`` raises.
+        """
+        async with self._slots:
+            wire = await self._wire(fresh=True)
+            try:
+                return await self._upload(wire, request, pieces, timeout_s, answer_s)
+            finally:
+                await self._put_back(wire, kept=False)
+
+    async def _upload(
+        self, wire: _Wire, request: HttpRequest, pieces: Pieces, timeout_s: float, answer_s: float
+    ) -> HttpAnswer:
+        answers: list[HttpAnswer] = []
+        errors: list[Exception] = []
+        heard = trio.Event()
+        sending = trio.CancelScope()
+
+        async def listen() -> None:
+            try:
+                head = await wire.head()
+                whole = await self._whole(wire)
+                answers.append(HttpAnswer(head.status_code, _decoded(head), whole))
+            except (*_BROKEN, PrismAnswerError) as error:
+                errors.append(error)
+            heard.set()
+            sending.cancel()  # an answer in the middle is a refusal: nobody takes the rest
+
+        async with flat_nursery() as nursery:
+            nursery.start_soon(listen)
+            wait_s = answer_s
+            with sending:
+                try:
+                    await wire.send_pieces(request, pieces, timeout_s)
+                except trio.TooSlowError:
+                    raise PrismUnreachableError(
+                        f"{self.where}: nothing more of the file was taken within {timeout_s:g} s"
+                    ) from None
+                except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
+                    errors.append(error)
+                    wait_s = _LAST_WORDS_S
+            with trio.move_on_after(wait_s):
+                await heard.wait()
+            nursery.cancel_scope.cancel()
+        if answers:
+            return answers[0]
+        if not errors:
+            raise PrismUnreachableError(
+                f"{self.where}: no answer to {request.method} within {answer_s:g} s"
+            )
+        if isinstance(errors[0], PrismAnswerError):
+            raise errors[0]
+        raise self._broken(wire, request.method, errors[0]) from None
 
     async def _pieces(self, wire: _Wire, timeout_s: float) -> AsyncGenerator[bytes, None]:
         async with aclosing(wire.data()) as data:

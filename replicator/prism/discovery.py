@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 
 import trio
 
-from replicator.prism.api import Prism
+from replicator.prism.api import RestorePrism
 from replicator.prism.connection import Dial
 from replicator.prism.endpoint import Hosts
 from replicator.prism.errors import PrismError, PrismNotFoundError, PrismPermissionError
@@ -26,7 +26,7 @@ async def open_prism(
     settings: PrismSettings,
     meters: Meters | None = None,
     dial: Dial = trio.open_tcp_stream,
-) -> AsyncGenerator[Prism, None]:
+) -> AsyncGenerator[RestorePrism, None]:
     """A client of the Prism at ``settings.host``, closed at the end; ``auto`` takes v4 where it is, else v3.
 
     Says in the log what was settled. Raises PrismError where nobody answers, or speaks neither; cancelled, nothing is left.
@@ -48,7 +48,7 @@ async def open_prism(
         await hosts.aclose()
 
 
-async def _discover(hosts: Hosts) -> Prism:
+async def _discover(hosts: Hosts) -> RestorePrism:
     versions = Versions(hosts.central)
     wanted = hosts.settings.api_version
     if wanted == "v3" or (wanted == "auto" and not await _has_v4(versions)):
@@ -89,7 +89,7 @@ async def _list_v3(hosts: Hosts, kind: str) -> None:
     await hosts.central.call("POST", path, {"kind": kind, "length": 1})
 
 
-def _client(hosts: Hosts, capability: Capability, versions: Versions) -> Prism:
+def _client(hosts: Hosts, capability: Capability, versions: Versions) -> RestorePrism:
     # Each client is loaded only where it is used: a start should not wait for the other one.
     if capability is Capability.V4:
         from replicator.prism.v4 import PrismV4  # noqa: PLC0415

@@ -28,6 +28,7 @@ from replicator.prism.connection import (
     HttpAnswer,
     HttpRequest,
     NotSentError,
+    Pieces,
     make_tls,
 )
 from replicator.prism.errors import (
@@ -219,6 +220,48 @@ class Endpoint:
                 raise problem(self.where, "GET", path, head.status, read_error(b"", ""))
             length = head.header("content-length") or ""
             yield (int(length) if length.isascii() and length.isdigit() else None), pieces
+
+    async def upload(
+        self,
+        path: str,
+        pieces: Pieces,
+        length: int,
+        headers: Headers,
+        *,
+        answer_s: float,
+    ) -> None:
+        """PUT a file of ``length`` bytes, once. ``answer_s``: how long Prism may work on it after the last byte.
+
+        Errors as for ``call``: PrismUnreachableError says that it may have been taken whole, in part, or not at all.
+        """
+        await self._bucket.take()
+        self._check_refusals()
+        request = HttpRequest(
+            "PUT",
+            path,
+            [
+                ("Host", self._host_header()),
+                ("Accept", "application/json"),
+                ("User-Agent", _AGENT),
+                ("NTNX-Request-Id", str(uuid4())),
+                ("Content-Type", "application/octet-stream"),
+                ("Content-Length", str(length)),
+                *headers,
+                *self._credentials,
+            ],
+        )
+        self._meters.count_request(self.host, endpoint_name(path))
+        try:
+            reply = await self._connections.upload(
+                request, pieces, timeout_s=self._waits.request_s, answer_s=answer_s
+            )
+        except PrismError:
+            self._meters.count_error(endpoint_name(path))
+            raise
+        self._note(reply.status)
+        if not 200 <= reply.status < 300:
+            self._meters.count_error(endpoint_name(path))
+            raise self._failure("PUT", path, reply, self._secrets)[0]
 
     async def aclose(self) -> None:
         """Close its connections."""

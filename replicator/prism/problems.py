@@ -71,6 +71,16 @@ _PERMISSIONS = tuple(
     )
 )
 
+#: The role that a permission is part of, as product and health check call the three duties.
+_ROLES = (
+    (re.compile(r"_(?:Virtual_Machine|Image|Subnet|Storage_Container)$"), "VM Admin"),
+    (
+        re.compile(r"_(?:VM_)?Recovery_Point|_Volume_Group|_iSCSI_Client|_Vm_Snapshot"),
+        "Backup Admin",
+    ),
+    (re.compile(r"View_(?:Cluster|Task)$"), "Cluster Admin, read-only"),
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Said:
@@ -166,6 +176,11 @@ def permission_for(method: str, path: str, said: Said) -> str | None:
     return None
 
 
+def _role_of(permission: str) -> str:
+    roles = [role for pattern, role in _ROLES if pattern.search(permission)]
+    return f" (role {roles[0]})" if roles else ""
+
+
 def problem(
     where: str, method: str, path: str, status: int, said: Said, *, secrets: Iterable[str] = ()
 ) -> PrismError:
@@ -200,7 +215,9 @@ def _classified(  # noqa: PLR0917 -- the pieces of one sentence
         )
     if status == 403:
         permission = permission_for(method, path, said)
-        lacks = f"lacks the permission {permission}" if permission else "lacks a permission"
+        lacks = "lacks a permission"
+        if permission:
+            lacks = f"lacks the permission {permission}{_role_of(permission)}"
         return PrismPermissionError(f"{asked}: the account {lacks}: 403{detail}", permission)
     if status == 404:
         return PrismNotFoundError(f"{asked}: not there: 404{detail}")

@@ -11,6 +11,7 @@ from typing import Any, Final
 import msgspec
 
 from replicator.disk import Extent
+from replicator.hardware import Hardware
 
 
 class Capability(StrEnum):
@@ -153,6 +154,46 @@ class Found(msgspec.Struct, frozen=True):
     cluster: str | None = None
     vm: str | None = None
     created_at_us: int | None = None
+
+
+class Subnet(msgspec.Struct, frozen=True, kw_only=True):
+    """A network that NICs are put into. ``clusters``: where it is; empty for one that is on all."""
+
+    uuid: str
+    name: str
+    clusters: tuple[str, ...] = ()
+    vlan: int | None = None
+
+
+class Container(msgspec.Struct, frozen=True, kw_only=True):
+    """A storage container. ``internal``: the cluster's own, not for disks."""
+
+    uuid: str
+    name: str
+    cluster: str
+    internal: bool = False
+
+
+class NewDisk(msgspec.Struct, frozen=True, kw_only=True):
+    """A disk of a new VM, a copy of an image. ``bus``: SCSI, SATA, IDE or PCI; size in bytes; ``container`` an id."""
+
+    image: str
+    bus: str
+    index: int
+    size: int
+    container: str
+
+
+class NewVm(msgspec.Struct, frozen=True, kw_only=True):
+    """A VM that is to be made, off. Of ``hardware`` all is taken but name, description, cluster and disks; the subnets of its NICs
+    are ids at the target, and NICs without a MAC get one from Prism.
+    """
+
+    name: str
+    description: str
+    cluster: str
+    hardware: Hardware
+    disks: tuple[NewDisk, ...]
 
 
 #: The duties of the account that a job runs with.

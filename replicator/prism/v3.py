@@ -5,9 +5,11 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing, suppress
+from pathlib import Path
 from typing import Final
 from uuid import UUID
 
+from replicator.hardware import Hardware
 from replicator.prism.endpoint import Hosts, segment
 from replicator.prism.errors import (
     PrismNotFoundError,
@@ -20,11 +22,14 @@ from replicator.prism.types import (
     Capability,
     Cluster,
     Consistency,
+    Container,
     DiskSnapshot,
     Found,
     Kind,
+    NewVm,
     RegionPage,
     Secrets,
+    Subnet,
     Vm,
     VmSnapshot,
     VmSummary,
@@ -34,6 +39,8 @@ from replicator.prism.v3_access import read_access
 from replicator.prism.v3_calls import V3, V3Host
 from replicator.prism.v3_expose import Exposing, named_v2
 from replicator.prism.v3_groups import Groups
+from replicator.prism.v3_hardware import read_hardware
+from replicator.prism.v3_images import Uploads
 from replicator.prism.v3_read import (
     name_of,
     read_cluster,
@@ -44,6 +51,7 @@ from replicator.prism.v3_read import (
     reference_uuid,
 )
 from replicator.prism.v3_regions import region_pages
+from replicator.prism.v3_restore import Restoring
 from replicator.prism.v3_snapshots import Snapshots
 
 _LISTS: Final = (
@@ -65,6 +73,8 @@ class PrismV3:
         self._central = V3Host(hosts.central, self._waits)
         self._groups = Groups(self._central, self._elements, self._waits)
         self._exposing = Exposing(self._central, self._groups, hosts.settings.expose, self._waits)
+        self._uploads = Uploads(self._central)
+        self._restoring = Restoring(self._central, self._element, self._waits)
         self._clusters: dict[str, Cluster] = {}
         self._hosts_by_cluster: dict[str, V3Host] = {}
         self._snapshots: dict[str, Snapshots] = {}
@@ -135,6 +145,10 @@ class PrismV3:
         node = await self._central.get(f"vms/{segment(uuid)}")
         element = await self._element(reference_uuid(node.node("status"), "cluster_reference"))
         return read_vm(node, await element.get_v2(f"vms/{segment(uuid)}", _DISKS))
+
+    async def hardware(self, vm: str | Vm) -> Hardware:
+        """As ``Prism.hardware``."""
+        return read_hardware(vm if isinstance(vm, Vm) else await self.vm(vm), self._central.where)
 
     async def access(self) -> Sequence[Access]:
         """As ``Prism.access``. The Element is that of the cluster of interest, else of the first one."""
@@ -283,6 +297,53 @@ class PrismV3:
                 raise
             return []  # an Element knows them by v2.0 alone
         return [read_found(kind, node) for node in nodes]
+
+    async def subnets(self, cluster: str) -> Sequence[Subnet]:
+        """As ``RestorePrism.subnets``."""
+        return await self._restoring.subnets(cluster)
+
+    async def containers(self, cluster: str) -> Sequence[Container]:
+        """As ``RestorePrism.containers``."""
+        return await self._restoring.containers(cluster)
+
+    async def macs(self) -> frozenset[str]:
+        """As ``RestorePrism.macs``."""
+        return await self._restoring.macs()
+
+    async def check_upload(self) -> None:
+        """As ``RestorePrism.check_upload``. An Element cannot change the VMs that it makes: it is refused as well."""
+        try:
+            await self._central.call("POST", "clusters/list", {"kind": "cluster", "length": 1})
+        except PrismNotFoundError:
+            raise PrismRefusedError(
+                f"{self._central.where}: this is a Prism Element; VMs are restored through Prism Central: set prism_central to it"
+            ) from None
+        await self._uploads.check()
+
+    async def create_empty_image(self, name: str, cluster: str, description: str) -> str:
+        """As ``RestorePrism.create_empty_image``."""
+        return await self._uploads.create(name, cluster, description)
+
+    async def upload_image(self, uuid: str, path: Path, size: int) -> None:
+        """As ``RestorePrism.upload_image``."""
+        await self._uploads.upload(uuid, path, size)
+
+    async def create_vm(self, new: NewVm, request_id: UUID) -> str:
+        """As ``RestorePrism.create_vm``: the name stands for the request."""
+        del request_id
+        return await self._restoring.create(new)
+
+    async def rename_vm(self, uuid: str, name: str) -> None:
+        """As ``RestorePrism.rename_vm``."""
+        await self._restoring.rename(uuid, name)
+
+    async def power_on(self, uuid: str) -> None:
+        """As ``RestorePrism.power_on``."""
+        await self._restoring.power_on(uuid)
+
+    async def delete_vm(self, uuid: str) -> None:
+        """As ``RestorePrism.delete_vm``."""
+        await self._restoring.delete(uuid)
 
     async def aclose(self) -> None:
         """Close every connection."""

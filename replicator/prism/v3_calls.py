@@ -115,9 +115,17 @@ class V3Host:
         raise AssertionError
 
     async def create(
-        self, path: str, kind: str, spec: dict[str, Any], *, what: str, timeout_s: float
+        self,
+        path: str,
+        kind: str,
+        spec: dict[str, Any],
+        *,
+        what: str,
+        timeout_s: float,
+        wanted: str | None = None,
     ) -> Node:
-        """The object, complete. v3 knows no request ids: one of that name that is there already is the one.
+        """The object, complete. v3 knows no request ids: one of that name that is there already is the one. ``wanted``: the filter
+        for the name, where it is not ``name``.
 
         Raises PrismTaskError where it failed; what may have been made of it is removed then, unless the task has no end.
         """
@@ -125,7 +133,7 @@ class V3Host:
         body = {"api_version": "3.1", "metadata": {"kind": kind}, "spec": spec}
         for number in itertools.count(1):
             found = await self.listed(
-                path, kind, lambda node: name_of(node) == name, f"name=={name}"
+                path, kind, lambda node: name_of(node) == name, wanted or f"name=={name}"
             )
             if found:
                 uuid = found[0].node("metadata").uuid("uuid")

@@ -5,8 +5,10 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
+from pathlib import Path
 from uuid import UUID
 
+from replicator.hardware import Hardware
 from replicator.prism.endpoint import Hosts, segment
 from replicator.prism.errors import PrismNotFoundError, PrismRefusedError
 from replicator.prism.types import (
@@ -15,21 +17,28 @@ from replicator.prism.types import (
     Capability,
     Cluster,
     Consistency,
+    Container,
     DiskSnapshot,
     Found,
     Kind,
+    NewVm,
     RegionPage,
     Secrets,
+    Subnet,
     Vm,
     VmSnapshot,
     VmSummary,
     VolumeGroup,
 )
+from replicator.prism.v3_calls import V3Host
+from replicator.prism.v3_images import Uploads
 from replicator.prism.v4_access import read_access
 from replicator.prism.v4_calls import V4Calls, begins, named
 from replicator.prism.v4_groups import Groups
+from replicator.prism.v4_hardware import Names
 from replicator.prism.v4_read import read_cluster, read_found, read_vm, read_vm_summary
 from replicator.prism.v4_regions import Regions
+from replicator.prism.v4_restore import Restoring
 from replicator.prism.v4_snapshots import Snapshots
 from replicator.prism.v4_versions import Versions
 
@@ -51,6 +60,9 @@ class PrismV4:
         self._snapshots = Snapshots(self._calls)
         self._groups = Groups(self._calls)
         self._regions = Regions(self._calls, self._cluster, self._snapshots.is_gone)
+        self._names = Names(self._calls)
+        self._restoring = Restoring(self._calls, self._names)
+        self._uploads = Uploads(V3Host(hosts.central, hosts.settings.waits))
         self._clusters: dict[str, Cluster] = {}
 
     @property
@@ -83,6 +95,10 @@ class PrismV4:
     async def vm(self, uuid: str) -> Vm:
         """As ``Prism.vm``."""
         return read_vm(await self._calls.get("vmm", f"ahv/config/vms/{segment(uuid)}"))
+
+    async def hardware(self, vm: str | Vm) -> Hardware:
+        """As ``Prism.hardware``."""
+        return await self._names.hardware(vm if isinstance(vm, Vm) else await self.vm(vm))
 
     async def access(self) -> Sequence[Access]:
         """As ``Prism.access``."""
@@ -192,6 +208,46 @@ class PrismV4:
             nodes = await self._calls.listed(namespace, path, begins(prefix), named(prefix))
             found.extend(read_found(kind, node) for node in nodes)
         return found
+
+    async def subnets(self, cluster: str) -> Sequence[Subnet]:
+        """As ``RestorePrism.subnets``."""
+        return await self._restoring.subnets(cluster)
+
+    async def containers(self, cluster: str) -> Sequence[Container]:
+        """As ``RestorePrism.containers``."""
+        return await self._restoring.containers(cluster)
+
+    async def macs(self) -> frozenset[str]:
+        """As ``RestorePrism.macs``."""
+        return await self._restoring.macs()
+
+    async def check_upload(self) -> None:
+        """As ``RestorePrism.check_upload``."""
+        await self._uploads.check()
+
+    async def create_empty_image(self, name: str, cluster: str, description: str) -> str:
+        """As ``RestorePrism.create_empty_image``."""
+        return await self._uploads.create(name, cluster, description)
+
+    async def upload_image(self, uuid: str, path: Path, size: int) -> None:
+        """As ``RestorePrism.upload_image``."""
+        await self._uploads.upload(uuid, path, size)
+
+    async def create_vm(self, new: NewVm, request_id: UUID) -> str:
+        """As ``RestorePrism.create_vm``."""
+        return await self._restoring.create(new, request_id)
+
+    async def rename_vm(self, uuid: str, name: str) -> None:
+        """As ``RestorePrism.rename_vm``."""
+        await self._restoring.rename(uuid, name)
+
+    async def power_on(self, uuid: str) -> None:
+        """As ``RestorePrism.power_on``."""
+        await self._restoring.power_on(uuid)
+
+    async def delete_vm(self, uuid: str) -> None:
+        """As ``RestorePrism.delete_vm``."""
+        await self._restoring.delete(uuid)
 
     async def aclose(self) -> None:
         """Close every connection."""

@@ -29,7 +29,8 @@ PAGE: Final = 100
 _PAGES_MAX: Final = 10_000
 _TAGS_MAX: Final = 256
 _CONFLICTS_MAX: Final = 10
-_STALE_WORDS: Final = frozenset({"VMM-30303", "VM_ETAG_MISMATCH", "PLAT-10005"})
+#: What a task says of an object that was changed before it began.
+STALE_WORDS: Final = frozenset({"VMM-30303", "VM_ETAG_MISMATCH", "PLAT-10005"})
 #: Task ids in one filter: it must fit in a line of HTTP.
 _TASKS_MAX: Final = 20
 
@@ -72,6 +73,11 @@ class V4Calls:
                 if await self.versions.path(namespace, path) == whole:
                     raise
         raise AssertionError
+
+    async def get_tagged(self, namespace: str, path: str) -> tuple[Node, str | None]:
+        """The object at a path, and its ETag."""
+        answer = await self.call(namespace, "GET", path)
+        return answer.node().node("data"), answer.etag
 
     async def get(self, namespace: str, path: str) -> Node:
         """The object at a path; its ETag is remembered for ``change``."""
@@ -191,7 +197,7 @@ class V4Calls:
                 if number:
                     await trio.sleep(self.waits.conflict_s)
             except PrismTaskError as error:
-                if _STALE_WORDS.isdisjoint(error.words):
+                if STALE_WORDS.isdisjoint(error.words):
                     raise
                 await trio.sleep(self.waits.conflict_s if number else 0)
         raise PrismConflictError(

@@ -55,14 +55,15 @@ class _Slot(Generic[R]):
 
 @asynccontextmanager
 async def ordered(
-    items: AsyncGenerator[T, None], work: Callable[[T], Awaitable[R]], depth: int
+    items: AsyncGenerator[T, None], work: Callable[[T], Awaitable[R]], depth: int | trio.Semaphore
 ) -> AsyncIterator[AsyncIterator[R]]:
-    """Results of ``work`` in the order of ``items``, up to ``depth`` of them being made at once.
+    """Results of ``work`` in the order of ``items``, up to ``depth`` of them being made at once; a semaphore may be given more
+    places while it goes on.
 
     An error in one ends all; leaving the block early cancels what is under way. ``items`` is closed in any case.
     """
     send, receive = trio.open_memory_channel[_Slot[R]](math.inf)
-    room = trio.Semaphore(depth)
+    room = depth if isinstance(depth, trio.Semaphore) else trio.Semaphore(depth)
 
     async def fill(item: T, slot: _Slot[R]) -> None:
         slot.result = await work(item)

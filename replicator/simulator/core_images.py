@@ -85,7 +85,11 @@ class ImageActions(CoreBase):
                     size += len(piece)
                     if size > SIZE_MAX:
                         raise HttpError(413, f"an image has at most {SIZE_MAX} bytes")
-                    await file.write(piece)
+                    if piece.count(0) == len(piece):  # kept as a hole, as storage would
+                        await file.seek(size)
+                    else:
+                        await file.write(piece)
+                await file.truncate(size)
             if algorithm and digest:
                 found = await trio.to_thread.run_sync(_digest, part, algorithm)
                 if found != digest.lower():

@@ -30,8 +30,8 @@ class VmActions(CoreBase):
         if vm.cluster not in self.world.clusters:
             raise HttpError(404, f"no cluster {vm.cluster}", "not_found")
         for nic in vm.nics:
-            self._check_subnet(nic)
-        self._check_addresses([disk for disk, _ in disks])
+            self._check_nic(nic, vm.cluster)
+        self._check_disks([disk for disk, _ in disks], vm.cluster)
 
         async def work(task: Task) -> None:
             await self._make_vm(vm, disks)
@@ -66,14 +66,29 @@ class VmActions(CoreBase):
                 return container.uuid
         raise HttpError(404, f"cluster {cluster} has no storage container", "not_found")
 
-    def _check_subnet(self, nic: Nic) -> None:
-        if nic.subnet not in self.world.subnets:
+    def _check_nic(self, nic: Nic, cluster: str) -> None:
+        subnet = self.world.subnets.get(nic.subnet)
+        if subnet is None:
             raise HttpError(404, f"no subnet {nic.subnet}", "not_found")
+        if subnet.cluster != cluster:
+            raise HttpError(422, f"subnet {subnet.name} is on another cluster", "invalid")
+        for vm in self.world.vms.values():
+            for each in vm.nics:
+                if nic.mac and each.mac.lower() == nic.mac.lower() and each.uuid != nic.uuid:
+                    raise HttpError(
+                        422, f"the MAC address {nic.mac} is in use by {vm.name}", "invalid"
+                    )
 
-    def _check_addresses(self, disks: Sequence[Disk]) -> None:
+    def _check_disks(self, disks: Sequence[Disk], cluster: str) -> None:
         addresses = [(disk.bus, disk.index) for disk in disks]
         if len(set(addresses)) != len(addresses):
             raise HttpError(422, "two disks have the same address", "invalid")
+        for disk in disks:
+            container = self.world.containers.get(disk.container)
+            if container is not None and container.cluster != cluster:
+                raise HttpError(
+                    422, f"storage container {container.name} is on another cluster", "invalid"
+                )
 
     def _next_mac(self) -> str:
         number = sum(len(vm.nics) for vm in self.world.vms.values()) + len(self.world.tasks)
@@ -159,7 +174,7 @@ class VmActions(CoreBase):
     def add_disk(self, vm: str, disk: Disk, source: DiskSource | None, **common: Any) -> Task:
         """One more disk."""
         found: Vm = self.get("vms", vm)
-        self._check_addresses([*found.disks, disk])
+        self._check_disks([*found.disks, disk], found.cluster)
 
         async def work(task: Task) -> None:
             del task
@@ -211,13 +226,13 @@ class VmActions(CoreBase):
     def add_nic(self, vm: str, nic: Nic, **common: Any) -> Task:
         """One more NIC."""
         found: Vm = self.get("vms", vm)
-        self._check_subnet(nic)
+        self._check_nic(nic, found.cluster)
         return self._change_nics(found, [*found.nics, nic], nic.uuid, "CreateNic", common)
 
     def update_nic(self, vm: str, nic: Nic, **common: Any) -> Task:
         """Replace a NIC by one with the same id."""
         found: Vm = self.get("vms", vm)
-        self._check_subnet(nic)
+        self._check_nic(nic, found.cluster)
         nics = [nic if each.uuid == nic.uuid else each for each in found.nics]
         return self._change_nics(found, nics, nic.uuid, "UpdateNic", common)
 

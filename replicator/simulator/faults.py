@@ -17,6 +17,7 @@ Kind = Literal[
     "server-error",  # value: the status, 500 to 504
     "reset-before",  # the connection is cut before the request is looked at
     "reset-after",  # the connection is cut after it was carried out
+    "upload-cut",  # value: how many bytes of an upload are taken before the connection is cut
     "etag-stale",  # 412
     "etag-stale-in-task",  # accepted; the task ends with VMM-30303
     "task-failed",  # nothing was done

@@ -9,7 +9,8 @@ from __future__ import annotations
 import logging
 import re
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
 from dataclasses import dataclass
 from email.utils import formatdate
 from urllib.parse import parse_qsl, unquote
@@ -196,7 +197,10 @@ class Server:
         self, host: _Host, connection: Connection, head: Head, caller: Caller
     ) -> Reply:
         path, query = _split(head.target)
+        subject = f"{head.method} {path}"
         router = host.router(path)
+        if path.startswith(_V3_PATHS) and not host.cluster and not self._core.knobs.get("v3", True):
+            return _UNKNOWN
         found = router.find(head.method, path) if router is not None else None
         if found is None:
             if path.startswith(_V3_PATHS):
@@ -214,12 +218,14 @@ class Server:
             cluster=host.cluster,
             user=caller.user,
             base_url=f"https://{host.address}:{self.port}",
-            stream=connection.pieces() if route.streams else None,
+            stream=self._streamed(connection, subject) if route.streams else None,
         )
         try:
             return await route.handler(request, **arguments)
         except HttpError as error:
             return self._refuse(host, head, path, error)
+        except _CutError:
+            raise
         except Exception:
             _logger.exception("%s %s", head.method, path)
             return self._refuse(
@@ -228,6 +234,11 @@ class Server:
         finally:
             if self.on_request is not None:
                 await self.on_request(request)
+
+    def _streamed(self, connection: Connection, subject: str) -> AsyncIterator[bytes]:
+        """The body of an upload, which a fault may cut."""
+        cut = self._core.faults.take("upload-cut", subject)
+        return connection.pieces() if cut is None else _cut_after(connection, int(cut.value))
 
     def _refuse(self, host: _Host, head: Head, path: str, error: HttpError) -> Reply:
         request = Request(
@@ -249,6 +260,17 @@ class Server:
         if isinstance(error, RateLimitedError) and error.retry_after_s is not None:
             reply.headers["Retry-After"] = str(error.retry_after_s)
         return reply
+
+
+async def _cut_after(connection: Connection, length: int) -> AsyncIterator[bytes]:
+    """The first ``length`` bytes; then the connection is reset."""
+    async with aclosing(connection.pieces()) as pieces:
+        async for piece in pieces:
+            if length < len(piece):
+                break
+            length -= len(piece)
+            yield piece
+    raise _CutError
 
 
 def _split(target: str) -> tuple[str, str]:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import os
 import subprocess
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from uuid import UUID, uuid5
@@ -65,7 +65,8 @@ class QemuSource:
     guest overwrites while a snapshot lives), small records, and QEMU's NBD socket; QEMU must be
     able to write there. ``nbd_socket`` names an NBD server that the QEMU process runs already (it
     can have only one). ``grain`` is the bitmaps' unit in bytes. ``scratch_free_min``: below so many
-    free bytes no snapshot is taken, and one that is being read ends.
+    free bytes no snapshot is taken, and one that is being read ends. ``family``: what the ids of its pushes begin with
+    (snapshot_names); objects of another family are left alone.
 
     A method that fails or is cancelled leaves what ``abandon`` removes.
     """
@@ -79,12 +80,14 @@ class QemuSource:
         nbd_socket: Path | None = None,
         grain: int,
         scratch_free_min: int = SCRATCH_FREE_MIN,
+        family: str = "",
     ) -> None:
         self._qmp_socket = qmp_socket
         self._dir = working_dir
         self._name = name
         self._grain = grain
         self._scratch_free_min = scratch_free_min
+        self._family = family
         # The same for every process that serves this VM: what an earlier one started is found
         # again.
         key = names.socket_key(qmp_socket)
@@ -171,7 +174,7 @@ class QemuSource:
         """See ``Source``. The reference is a bitmap and takes no room; scratch images do."""
         made_us = await trio.to_thread.run_sync(names.held_files, self._dir)
         async with open_qmp(self._qmp_socket) as qmp:
-            pushes = _alive(await take_inventory(qmp)) | made_us.keys()
+            pushes = self._own(_alive(await take_inventory(qmp))) | made_us.keys()
         held = []
         for push_id in pushes:
             record = await self._load_lenient(push_id)
@@ -193,8 +196,11 @@ class QemuSource:
             # Snapshots first: their exports hold bitmaps. Of the reference, too, nothing but the
             # bitmap stays.
             await removal.end_snapshots(
-                lambda push: push != live,
-                lambda node: prefix is None or not node.startswith(prefix),
+                lambda push: push != live and names.family_of(push) == self._family,
+                lambda node: (
+                    names.family_of_node(node) == self._family
+                    and (prefix is None or not node.startswith(prefix))
+                ),
             )
             for push_id in sorted(strays):
                 record = await self._load_lenient(push_id)
@@ -213,7 +219,11 @@ class QemuSource:
             found |= {names.push_of_bitmap(bitmap) for bitmap in node.bitmaps}
         files = await trio.to_thread.run_sync(names.our_files, self._dir)
         found |= {names.push_of_file(name) for name in files}
-        return {push for push in found if push is not None}
+        return self._own(push for push in found if push is not None)
+
+    def _own(self, pushes: Iterable[str]) -> set[str]:
+        """Those of this source's family."""
+        return {push for push in pushes if names.family_of(push) == self._family}
 
     async def _load_lenient(self, push_id: str) -> SnapshotRecord | None:
         """A stray's record; a damaged one says as little as none: the stray goes either way."""
@@ -227,19 +237,22 @@ class QemuSource:
         is alive.
         """
         inventory = await take_inventory(qmp)
-        pushes = _alive(inventory)
+        alive = _alive(inventory)
+        pushes = self._own(alive)
+        if alive != pushes:
+            raise SourceError(
+                "another snapshot of this VM is read now, by replctl or by a Bacula job, and QEMU has one at a time:"
+                " try again when that has ended; what a process left that died is removed by its next run"
+            )
         others = pushes - {name.push_id}
-        strange = [
-            node
-            for node in inventory.our_nodes
-            if not node.startswith(names.node_prefix(name.push_id))
-        ]
+        nodes = [n for n in inventory.our_nodes if names.family_of_node(n) == self._family]
+        strange = [n for n in nodes if not n.startswith(names.node_prefix(name.push_id))]
         if others or strange:
             what = ", ".join(sorted(f"push {push}" for push in others)) or "an earlier push"
             raise SourceError(f"the snapshot of {what} is still there: abandon it or sweep")
         bitmap = names.bitmap_name(name.push_id)
         begun = any(bitmap in node.bitmaps for node in inventory.nodes.values())
-        if begun or pushes or inventory.our_nodes:
+        if begun or pushes or nodes:
             await _abandon(Removal(qmp, self._dir, self._own_socket), name)
             inventory = await take_inventory(qmp)
         return inventory

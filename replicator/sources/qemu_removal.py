@@ -190,10 +190,16 @@ def restore_actions(node: Node, push_id: str, reference: str | None) -> list[dic
         return [*enable, {"type": "block-dirty-bitmap-merge", "data": merge}, *remove_new]
     # While the reference's bitmap stood still, another of ours may record for it: then it is not
     # for us to judge.
-    others = (b for b in node.bitmaps.values() if names.push_of_bitmap(b.name) is not None)
+    family = names.family_of(push_id)
+    others = (b for b in node.bitmaps.values() if _is_of_family(b.name, family))
     if old.recording or any(b.recording for b in others if b is not new):
         return remove_new
     return [_action("remove", node, old.name), *remove_new]
+
+
+def _is_of_family(bitmap: str, family: str) -> bool:
+    push_id = names.push_of_bitmap(bitmap)
+    return push_id is not None and names.family_of(push_id) == family
 
 
 async def answers(path: Path) -> bool:

@@ -19,6 +19,9 @@ from replicator import durable
 from replicator.errors import SourceError
 
 PREFIX = "replctl-"
+#: Pushes of others than `replctl run`: a chain of Bacula's backups is a family of its own, whose objects it alone removes.
+_FAMILY = re.compile(r"([a-z0-9]{5})\.[0-9a-f]{16}")
+_FAMILY_NODE = re.compile(r"replctl-([a-z0-9]{5})\.")
 _OWN_SERVER = "-own"
 _PUSH_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _FILE = re.compile(r"replctl-(?P<push>.+?)(?:-(?P<index>\d{1,4})\.(?:qcow2|raw)|\.json(?:\.new)?)")
@@ -30,6 +33,18 @@ def check_push_id(push_id: str) -> str:
     if not _PUSH_ID.fullmatch(push_id):
         raise SourceError(f"{push_id!r} cannot name a snapshot")
     return push_id
+
+
+def family_of(push_id: str) -> str:
+    """The family that a push belongs to; empty for those of `replctl run`."""
+    match = _FAMILY.fullmatch(push_id)
+    return match[1] if match else ""
+
+
+def family_of_node(name: str) -> str:
+    """The family of a scratch node of ours."""
+    match = _FAMILY_NODE.match(name)
+    return match[1] if match else ""
 
 
 def bitmap_name(push_id: str) -> str:
@@ -68,7 +83,9 @@ def push_of_bitmap(name: str) -> str | None:
 
 def node_prefix(push_id: str) -> str:
     """What the names of a push's scratch nodes begin with."""
-    return f"{PREFIX}{hashlib.sha256(check_push_id(push_id).encode()).hexdigest()[:12]}-"
+    family = family_of(push_id)
+    short = hashlib.sha256(check_push_id(push_id).encode()).hexdigest()[:12]
+    return f"{PREFIX}{family}.{short}-" if family else f"{PREFIX}{short}-"
 
 
 def node_name(push_id: str, index: int) -> str:

@@ -15,8 +15,8 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr() == (f"replicator-backend {__version__}\n", "")
 
 
-@pytest.mark.parametrize("arguments", [[], ["--protocol", "1"], ["status", "--standalone"]])
-def test_what_bacula_would_say_is_refused_in_one_line(
+@pytest.mark.parametrize("arguments", [["--protocol", "1"], ["status", "--standalone"], ["-h"]])
+def test_arguments_are_refused_in_one_line(
     arguments: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert backend_command.main(arguments) == 2

@@ -34,7 +34,7 @@ def test_every_key_is_documented_with_its_default_and_choices() -> None:
     rows = re.findall(
         r"^\| `(\w+)` \| ([^|]+) \| ([^|]*)\|", read("docs/configuration.md"), re.MULTILINE
     )
-    fields = {field.name: field for field in msgspec.structs.fields(Config)}
+    fields = {field.encode_name: field for field in msgspec.structs.fields(Config)}
     assert sorted(key for key, _, _ in rows) == sorted(fields)
     for key, kind, default in rows:
         field = fields[key]

@@ -9,6 +9,7 @@ from uuid import UUID
 
 import msgspec
 
+from replicator.domain.backup import BackupDisk, BackupPart
 from replicator.domain.model import (
     Balance,
     Damage,
@@ -79,6 +80,40 @@ def balance() -> Balance:
     )
 
 
+def backup(number: int = 1, parent: str = "", level: str = "F") -> BackupPart:
+    """A part of a chain, of two disks."""
+    kind = "delta" if parent else "full"
+    disks = tuple(
+        BackupDisk(
+            f"disk-{n}",
+            f"9d1c2b3a-0000-4000-8000-00000000000{n}",
+            (n + 1) << 40,
+            bytes([n]) * 32,
+            kind,  # type: ignore[arg-type]  # one of the two
+            f"@nutanix/web/disks/disk-{n}.raw",
+        )
+        for n in range(2)
+    )
+    return BackupPart(
+        number=number,
+        part=f"{number:08x}",
+        parent=parent,
+        vm="web",
+        chain="Nightly",
+        job=f"Nightly.2026-03-04_05.06.07_{number:02}",
+        job_id=17 + number,
+        level=level,
+        push_id="0123456789abcdef",
+        taken_at_us=1_772_600_000_000_000 + number,
+        committed_at_us=1_772_600_009_000_000 + number,
+        duration_us=9_000_000_000,
+        bytes_stored=123_456_789_012,
+        root=bytes(range(32)),
+        algorithm=1,
+        disks=disks,
+    )
+
+
 def read_back(value: Any) -> Any:
     """As a value of an event comes from the log: arrays as lists."""
     return msgspec.msgpack.decode(msgspec.msgpack.encode(plain(value)))
@@ -111,6 +146,25 @@ FIELDS: dict[str, dict[str, Any]] = {
     "MadePermanent": {},
     "PeerLogBroken": {"reason": "it has 3 events, but it had 5"},
     "PeerLogAccepted": {},
+    "BackupCommitted": {"backup": read_back(backup())},
+    "BackupFailed": {
+        "job": "Nightly.2026-03-04_05.06.07_09",
+        "job_id": 26,
+        "level": "I",
+        "reason": "cancelled",
+    },
+    "RestoreDone": {
+        "job": "Restore.2026-03-04_05.06.07_10",
+        "job_id": 27,
+        "target": "/srv/restored",
+        "bytes": 1 << 40,
+    },
+    "RestoreFailed": {
+        "job": "Restore.2026-03-04_05.06.07_11",
+        "job_id": 28,
+        "target": "cluster-b",
+        "reason": "cancelled",
+    },
     "RpoBreached": {"breach": read_back(RpoBreach(2, 601, 600, 1_772_600_600_000_000))},
 }
 

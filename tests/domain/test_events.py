@@ -16,10 +16,11 @@ import pytest
 from eventsourcing.persistence import StoredEvent
 
 from eventstore.mapper import EventMapper
+from replicator.domain.backup import Backups, LevelSum, PartName
 from replicator.domain.model import Balance, Point, PushKind, RpoBreach, Suspicion, plain, stream_id
 from replicator.domain.vm import ProtectedVm, event_kind, event_time_us
 from replicator.log.store import TYPES
-from tests.domain.samples import FIELDS, VM, balance, event, point
+from tests.domain.samples import FIELDS, VM, backup, balance, event, point
 
 GOLDEN: dict[str, dict[str, str]] = json.loads(
     Path(__file__).with_name("golden_events.json").read_text("utf-8")
@@ -77,6 +78,34 @@ def test_fields_that_were_added_are_stored_where_they_say_something() -> None:
     assert restored.balance() == doubted
 
 
+def test_a_balance_carries_the_backups() -> None:
+    """And one of a VM that has none, as all older ones, is what it was."""
+    assert plain(balance()) == plain(msgspec.structs.replace(balance(), backups=None))
+    known = Backups().committed(backup()).committed(backup(2, "00000001", "I"))
+    whole = msgspec.structs.replace(balance(), backups=known)
+    assert msgspec.convert(plain(whole), Balance) == whole
+    restored = ProtectedVm.restore(whole, 9, event("Registered").timestamp)
+    assert restored.balance() == whole
+    assert restored.backups == known
+
+
+def test_the_parts_that_a_part_needs() -> None:
+    first, second = backup(), backup(2, "00000001", "I")
+    known = Backups().committed(first).committed(second)
+    assert known.line == (first.name, second.name)
+    assert (known.last, known.full, known.next_number) == (second, first, 3)
+    since_full = backup(3, "00000001", "D")
+    assert known.committed(since_full).line == (first.name, since_full.name)
+    third = backup(3, "00000002", "I")
+    assert known.committed(third).line == (first.name, second.name, third.name)
+    again = backup(3, level="I")  # every disk in full, though an Incremental was asked for
+    assert known.committed(again).line == (again.name,)
+    assert known.committed(again).full == first
+    # The last Full is not among the parts of that line, and a Differential may go on from it.
+    after = known.committed(again).committed(backup(4, "00000001", "D"))
+    assert after.line == (first.name, PartName(4, "00000004"))
+
+
 def test_the_kind_and_the_time_that_operators_see() -> None:
     assert event_kind(event("CycleCommitted")) == "cycle-committed"
     assert event_time_us(event("CycleCommitted")) == 1_772_600_767_890_123
@@ -89,7 +118,7 @@ def test_folding_golden_bytes_gives_the_state() -> None:
     order += ["TestStarted", "TestEnded", "PointDamaged", "PointVerified", "PushAbandoned"]
     order += ["PointsReleased", "PromotionStarted", "PromotionUndone", "Promoted", "MadePermanent"]
     order += ["PeerLogBroken", "PeerLogAccepted", "ChangesMissed"]
-    order += ["RpoBreached"]
+    order += ["RpoBreached", "BackupCommitted", "BackupFailed", "RestoreDone", "RestoreFailed"]
     assert {*order, "PeriodOpened"} == set(GOLDEN)
     vm: ProtectedVm | None = None
     for version, name in enumerate(order, 1):
@@ -113,3 +142,10 @@ def test_folding_golden_bytes_gives_the_state() -> None:
     assert vm.doubtful == {2_000_000}
     assert vm.verified == {2: event_time_us(event("PointVerified"))}
     assert vm.version == len(order)
+    known = vm.backups
+    assert known.last == known.full == backup()
+    assert known.line == (PartName(1, "00000001"),)
+    assert known.sums == (LevelSum("F", 1, 123_456_789_012),)
+    assert known.failure is not None
+    assert (known.failure.reason, known.failed) == ("cancelled", 1)
+    assert (known.restored, known.restores_failed) == (1, 1)

@@ -14,6 +14,7 @@ from uuid import UUID, uuid4
 import trio
 
 from replicator.disk import Extent
+from replicator.hardware import DiskSlot, Hardware
 from replicator.prism.errors import PrismNotFoundError, PrismTaskError, RegionsLostError
 from replicator.prism.types import (
     Access,
@@ -196,6 +197,16 @@ class FakePrism:
             raise PrismNotFoundError(f"no VM {uuid}")
         self._end("vm")
         return self.world.vm()
+
+    async def hardware(self, vm: str | Vm) -> Hardware:
+        """One of one socket, in no subnet."""
+        told = vm if isinstance(vm, Vm) else await self.vm(vm)
+        await trio.lowlevel.checkpoint()
+        slots = [
+            DiskSlot(identity=d.identity, bus="scsi", index=d.index, size=d.size)
+            for d in told.disks
+        ]
+        return Hardware(platform="nutanix", uuid=told.uuid, name=told.name, disks=tuple(slots))
 
     async def access(self) -> Sequence[Access]:
         await self._begin("access")

@@ -377,6 +377,7 @@ def _container_body(container: Container) -> Json:
         "name": container.name,
         "cluster_uuid": container.cluster,
         "max_capacity": container.capacity,
+        "is_nutanix_managed": container.internal,
         "nfs_whitelist": [],
         "usage_stats": {
             "storage.capacity_bytes": str(container.capacity),

@@ -54,8 +54,8 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
     ``uuid``: None until Prism has said that it is made. ``reference``: it is the snapshot of the last committed point.
     ``dropped``: nobody wants it any more; it stands here because it was not found yet, or cannot be removed now.
     ``capability``: the interface that it was made through; None: written before that was noted, and taken for the one that is
-    spoken. ``expires_at_us``: when a snapshot is gone by itself; 0: not known. The rest is what a snapshot needs to be opened
-    again, and compared with.
+    spoken. ``kept_as``: a restored VM is its operator's from here on, under this name. ``expires_at_us``: when a snapshot is gone
+    by itself; 0: not known. The rest is what a snapshot needs to be opened again, and compared with.
     """
 
     kind: Kind
@@ -69,6 +69,7 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
     reference: bool = False
     dropped: bool = False
     capability: Capability | None = None
+    kept_as: str | None = None
     expires_at_us: int = 0
     taken_at_us: int = 0
     consistency: Consistency = Consistency.CRASH

@@ -32,6 +32,7 @@ class Why(StrEnum):
     LEFT = "left behind"
     YOUNG = "unknown, too young to be removed"
     VM = "made by a restore"
+    JOB = "of a Bacula job that is under way, or removed by its next one"
     OTHERS = "another installation's"
     VM_GONE = "reference of a VM that is not there any more"
     BY_V3 = "made through v3, and Prism is spoken to by v4 now"
