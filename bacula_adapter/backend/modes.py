@@ -1,27 +1,20 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
 """Jobs that are no backup: a mode of the plugin string runs the `replctl` command of the same meaning in a process of its own.
 
-What the command logs becomes messages of the job. Its answer, in JSON, is the one file of the job,
-``@replicator/<mode>/<job>.json``. The configuration, plugin string included, is handed over in memory that only this user can
-read: no secret is on a command line or on a disk.
+Its answer, in JSON, is the one file of the job, ``@replicator/<mode>/<job>.json``; what it logs becomes messages of the job.
 """
 
 from __future__ import annotations
 
-import logging
 import math
-import os
-import re
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from typing import Final
 
 import trio
 
+from bacula_adapter.backend.command import run_command
 from bacula_adapter.backend.interface import (
     Answer,
     BackupHandler,
@@ -34,10 +27,7 @@ from bacula_adapter.backend.interface import (
 )
 from bacula_adapter.backend.params import values_of
 from replicator.config import Config, parse_lines
-from replicator.errors import ReplicatorError, UsageError
-from replicator.nursery import flat_nursery
-
-_logger = logging.getLogger(__name__)
+from replicator.errors import UsageError
 
 ROOT: Final = "@replicator/"
 _COMMANDS: Final = {
@@ -55,15 +45,6 @@ _COMMANDS: Final = {
 _OF_A_VM: Final = "failover-"
 #: Modes in which ``point`` is asked for.
 _WITH_POINT: Final = frozenset({"failover-test", "failover-unplanned"})
-_CODE: Final = "import sys; from replicator.cli.main import main; sys.exit(main())"
-_ANSWER_MAX: Final = 8 << 20
-_LINE_MAX: Final = 16 << 10
-#: After SIGINT the command puts things in order; after SIGTERM it has had its time.
-_INTERRUPT_S: Final = 60.0
-_TERMINATE_S: Final = 10.0
-#: A line of `replctl`'s log (replicator/cli/logs.py).
-_LOGGED: Final = re.compile(r"\d{4}-\d\d-\d\dT[\d:.]+Z (DEBUG|INFO|WARNING|ERROR|CRITICAL) +(.*)")
-_UP: Final = "replicator backend up "
 
 
 def name_of(job: JobInfo, mode: str) -> str:
@@ -213,106 +194,6 @@ class _ReportRestore:
         await trio.lowlevel.checkpoint()
 
 
-async def run_command(words: Sequence[str], config: str) -> bytes:
-    """What `replctl --json` with these words answers. Raises ReplicatorError with its own last words where it fails.
-
-    Cancelled, it gets SIGINT and time to put things in order; then SIGTERM; then it is killed.
-    """
-    last = [""]
-    answer = bytearray()
-    with _in_memory(config) as fd:
-        # Opened by the child as a file of its own.
-        program = [sys.executable, "-c", _CODE, "--config", f"/proc/self/fd/{fd}", "--json", *words]
-        process = await trio.lowlevel.open_process(
-            program,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            pass_fds=[fd],
-        )
-        try:
-            assert process.stdout is not None
-            assert process.stderr is not None
-            async with flat_nursery() as nursery:
-                nursery.start_soon(_collect, process.stdout, answer)
-                nursery.start_soon(_forward, process.stderr, last)
-                await process.wait()
-        finally:
-            await _end(process)
-    if process.returncode:
-        raise ReplicatorError(last[0] or f"{' '.join(words)} failed ({process.returncode})")
-    return bytes(answer)
-
-
-async def _end(process: trio.Process) -> None:
-    """End what still runs, gently first."""
-    with trio.CancelScope(shield=True):
-        for number, patience_s in (
-            (signal.SIGINT, _INTERRUPT_S),
-            (signal.SIGTERM, _TERMINATE_S),
-            (signal.SIGKILL, math.inf),
-        ):
-            if process.returncode is not None:
-                break
-            process.send_signal(number)
-            with trio.move_on_after(patience_s):
-                await process.wait()
-        for stream in (process.stdout, process.stderr):
-            if stream is not None:
-                await stream.aclose()
-
-
-async def _collect(stream: trio.abc.ReceiveStream, answer: bytearray) -> None:
-    async for chunk in stream:
-        answer += chunk
-        if len(answer) > _ANSWER_MAX:
-            raise ReplicatorError(f"the command answered more than {_ANSWER_MAX} bytes")
-
-
-async def _forward(stream: trio.abc.ReceiveStream, last: list[str]) -> None:
-    """Log each line as what it was logged as, without the time; remember the last that was no log record."""
-    rest = b""
-    async for chunk in stream:
-        *lines, rest = (rest + chunk).split(b"\n")
-        for line in lines:
-            _tell(line, last)
-        if len(rest) > _LINE_MAX:
-            _tell(rest, last)
-            rest = b""
-    _tell(rest, last)
-
-
-def _tell(line: bytes, last: list[str]) -> None:
-    text = line.decode("utf-8", "replace").strip()
-    match = _LOGGED.fullmatch(text)
-    if match is None:
-        if text:
-            last[0] = text.removeprefix("replctl: ")
-        return
-    if not match[2].startswith(_UP):  # this job has said so itself
-        _logger.log(logging.getLevelNamesMapping()[match[1]], "%s", match[2])
-
-
-class _in_memory:  # noqa: N801 - used as a function
-    """A file that is in memory only, and for this user only, with this text; its descriptor."""
-
-    def __init__(self, text: str) -> None:
-        self._text = text
-        self._fd = -1
-
-    def __enter__(self) -> int:
-        self._fd = os.memfd_create("replicator.conf", os.MFD_CLOEXEC)
-        os.fchmod(self._fd, 0o600)
-        data = memoryview(self._text.encode())
-        while data:
-            data = data[os.write(self._fd, data) :]
-        return self._fd
-
-    def __exit__(self, *_: object) -> None:
-        with suppress(OSError):
-            os.close(self._fd)
-
-
 __all__ = [
     "ROOT",
     "config_text",
@@ -320,6 +201,5 @@ __all__ = [
     "open_command",
     "open_command_listing",
     "open_report_restore",
-    "run_command",
     "words_of",
 ]

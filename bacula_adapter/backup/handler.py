@@ -10,7 +10,13 @@ from typing import Final
 
 import trio
 
-from bacula_adapter.backend.interface import TERMINATED_OK, BackupHandler, BackupOutput, JobInfo
+from bacula_adapter.backend.interface import (
+    TERMINATED_OK,
+    BackupHandler,
+    BackupOutput,
+    JobInfo,
+    Level,
+)
 from bacula_adapter.backup.chain import FAILURES
 from bacula_adapter.backup.machine import Machine
 from bacula_adapter.backup.machines import open_machines
@@ -18,6 +24,7 @@ from bacula_adapter.backup.reading import AHEAD_MAX, make_limiter
 from bacula_adapter.backup.vm import VmBackup
 from bacula_adapter.description import OBJECT, encode_object
 from bacula_adapter.names import parse_name
+from bacula_adapter.restore.options import OPTIONS_NAME, options_text
 from bacula_adapter.state import JOBS, HeldError, hold_job_state
 from replicator.config import Config
 from replicator.domain.backup import PartName
@@ -47,7 +54,7 @@ async def open_backup(job: JobInfo, config: Config) -> AsyncIterator[BackupHandl
             own = await held.enter_async_context(hold_chain(job, config, machine))
             vms.append(VmBackup(job=job, own=own, machine=machine, cpus=cpus, ahead=ahead))
         before = await trio.to_thread.run_sync(_names_before, vms)
-        handler = _Backup(config, vms, before)
+        handler = _Backup(job, config, vms, before)
         try:
             yield handler
         finally:
@@ -81,7 +88,10 @@ def _names_before(vms: Sequence[VmBackup]) -> list[str]:
 class _Backup:
     """Implements ``BackupHandler``."""
 
-    def __init__(self, config: Config, vms: Sequence[VmBackup], before: Sequence[str]) -> None:
+    def __init__(
+        self, job: JobInfo, config: Config, vms: Sequence[VmBackup], before: Sequence[str]
+    ) -> None:
+        self._job = job
         self._config = config
         self._vms = vms
         self._before = before
@@ -95,6 +105,9 @@ class _Backup:
 
     async def run(self, output: BackupOutput) -> None:
         """See ``BackupHandler``. The first VM that fails ends all of it."""
+        if self._job.level is Level.FULL:
+            # Once a chain: the console asks about the options of every job that a restore takes.
+            await output.plugin_options(OPTIONS_NAME, options_text())
         turns = [trio.Event() for _ in range(len(self._vms) + 1)]
         turns[0].set()
         places = trio.Semaphore(self._config.concurrent_vms)

@@ -94,8 +94,8 @@ class _Listing:
     async def _disks(self, machine: Machine, now_s: int) -> list[FileEntry]:
         disks = await machine.disks()
         folder = folder_of(self._config, JOBS, self._job.job, str(machine.uuid))
-        vm = await trio.to_thread.run_sync(chains.read_chain, folder)
-        known = vm.backups if vm is not None else Backups()
+        chain = await trio.to_thread.run_sync(chains.read_chain, folder)
+        known = chain.backups if chain is not None else Backups()
         names = disk_names(known.disk_names, [identity for identity, _ in disks])
         return [
             FileEntry(

@@ -8,6 +8,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 #include <unistd.h>
 
 #define TIMEOUT_S 120
@@ -16,6 +17,7 @@
 #define UNDO_MS 300000
 /* After an E that may have been the answer to RESULT, or on its way before it. */
 #define AFTER_REFUSAL_MS 15000
+#define SETTLING_MS 1000
 
 bool line_lives(const struct line *line)
 {
@@ -309,15 +311,11 @@ void line_close(struct line *line)
     enum outcome outcome = DONE;
     if (line->purpose != FOR_QUERY) {
         outcome = backend_command(backend, "END");
-        /* A backend that has failed may still have something on its way. */
-        char status = '\0';
-        while (outcome == DONE && status != 'F') {
+        /* Something may still be on its way; an E stands for F, and has been passed on. */
+        for (char status = '\0'; outcome == DONE && status != 'F';)
             outcome = backend_next(backend, &status);
-            if (outcome == REFUSED)
-                outcome = DONE;
-        }
     }
-    if (outcome == DONE)
+    if (outcome == DONE || outcome == REFUSED)
         outcome = backend_send(backend, 'T', NULL, 0);
     if (outcome == DONE)
         backend_farewell(backend);
@@ -376,9 +374,21 @@ static bool cut_short(const struct line *line)
     return line->purpose == FOR_RESTORE && line->file == FILE_OPEN;
 }
 
-static char verdict(struct job *job)
+/* Bacula's status of the job. It marks a job as cancelled only after it has said so: it gets the time for that. */
+static char settled_status(struct job *job)
 {
     char status = (char)job_number(job, VAR_JOB_STATUS);
+    int64_t end = now_ms() + SETTLING_MS;
+    while ((status == 'T' || status == 'R') && atomic_load(&job->cancelled) && now_ms() < end) {
+        nanosleep(&(struct timespec){.tv_nsec = 5000000}, NULL);
+        status = (char)job_number(job, VAR_JOB_STATUS);
+    }
+    return status;
+}
+
+static char verdict(struct job *job)
+{
+    char status = settled_status(job);
     bool failed = job->failed;
     for (size_t i = 0; i < LINES_MAX; i++) {
         struct line *line = atomic_load(&job->lines[i]);

@@ -51,8 +51,9 @@ void job_say(struct job *job, enum severity severity, const char *text)
     int type = abi->info;
     if (severity == SAY_FATAL) {
         job->failed = true;
-        /* A cancelled job stays a cancelled one. */
-        type = atomic_load(&job->cancelled) ? abi->error : abi->fatal;
+        /* A cancelled job stays a cancelled one, unless Bacula takes it for good. */
+        bool cancelled = atomic_load(&job->cancelled) && job_number(job, VAR_JOB_STATUS) != 'T';
+        type = cancelled ? abi->error : abi->fatal;
     } else if (severity == SAY_ERROR) {
         type = abi->error;
     } else if (severity == SAY_WARNING) {
@@ -138,8 +139,10 @@ static struct job *job_with_restore_packet(const struct fd_context *context, con
 static int new_plugin(struct fd_context *context)
 {
     struct job *job = calloc(1, sizeof *job);
-    if (job == NULL)
+    if (job == NULL) {
+        daemon_funcs->job_message(context, HERE, abi->fatal, 0, ME "no memory\n");
         return RC_ERROR;
+    }
     job->context = context;
     context->plugin = job;
     return RC_OK;
@@ -183,9 +186,19 @@ static int set_plugin_value(struct fd_context *context, int variable, void *valu
 
 /* ---- Events ---- */
 
+/* The job cannot go on. Where that has been said, or it is cancelled, nothing is added. */
+static int job_stuck(struct job *job, const char *text)
+{
+    if (!job->failed && !atomic_load(&job->cancelled))
+        job_say(job, SAY_FATAL, text);
+    return RC_ERROR;
+}
+
 static int begin_backup(struct job *job, const char *plugin_string, enum purpose purpose)
 {
     job->current = NULL;
+    if (plugin_string == NULL)
+        return job_stuck(job, "the file daemon gives no plugin string");
     if (line_find(job, plugin_string) != NULL) {
         job_say(job, SAY_FATAL, "two Plugin lines of the FileSet are the same");
         return RC_ERROR;
@@ -249,17 +262,17 @@ static int handle_event(struct fd_context *context, struct fd_event *event, void
         job->since = (int64_t)(intptr_t)value;
         return RC_OK;
     case EVENT_BACKUP_COMMAND:
-        return value != NULL ? begin_backup(job, value, FOR_BACKUP) : RC_ERROR;
-    case EVENT_ESTIMATE_COMMAND:
-        if (value == NULL)
-            return RC_ERROR;
-        return begin_backup(job, value, strstr(value, " listing=") != NULL ? FOR_LISTING : FOR_ESTIMATE);
+        return begin_backup(job, value, FOR_BACKUP);
+    case EVENT_ESTIMATE_COMMAND: {
+        bool listing = value != NULL && strstr(value, " listing=") != NULL;
+        return begin_backup(job, value, listing ? FOR_LISTING : FOR_ESTIMATE);
+    }
     case EVENT_RESTORE_OBJECT:
         return value != NULL ? restore_object(job, value) : RC_OK;
     case EVENT_START_RESTORE:
         return start_restore(job);
     case EVENT_RESTORE_COMMAND:
-        return value != NULL ? restore_begin(job, value) : RC_ERROR;
+        return value != NULL ? restore_begin(job, value) : job_stuck(job, "the file daemon gives no plugin string");
     case EVENT_END_BACKUP:
     case EVENT_END_RESTORE:
         job_conclude(job, event->type == EVENT_END_RESTORE);
@@ -315,7 +328,7 @@ static int plugin_io(struct fd_context *context, struct io_packet *io)
     if (job->current == NULL) {
         io->status = -1;
         io->error = ENODEV;
-        return RC_ERROR;
+        return job_stuck(job, "the file daemon reads or writes before it has said of which plugin string");
     }
     return job->current->purpose == FOR_RESTORE ? restore_io(job, io) : backup_io(job, io);
 }

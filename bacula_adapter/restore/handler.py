@@ -75,8 +75,13 @@ class Restore:
         self.reason = ""
 
     @property
-    def _to_platform(self) -> bool:
+    def _bare(self) -> bool:
+        """Whether Bacula puts nothing before names."""
         return self._job.where in ("", "/")
+
+    @property
+    def _to_platform(self) -> bool:
+        return self._bare and not self._config.where
 
     async def restore_object(self, name: str, kind: int, job_id: int, data: bytes) -> None:
         """See ``RestoreHandler``."""
@@ -129,9 +134,11 @@ class Restore:
                 " descriptions alone"
             )
         target = await self._opened()
-        if isinstance(target, DirectoryTarget):
-            for vm in vms:
-                assert vm.description is not None
+        for vm in vms:
+            assert vm.description is not None
+            if not isinstance(target, DirectoryTarget):
+                check_cross(vm.description, self._config)  # without the catalogue only now
+            else:
                 root = vm.description.root_name
                 base = self._bases.get((root, vm.name)) or next(iter(self._bases.values()))
                 target.expect(root, vm.name, base, vm.description.taken_at_us // 1_000_000)
@@ -270,10 +277,10 @@ class Restore:
             raise RefusedError(f"{text[:200]} is no name of a file of this plugin{hint}")
         before, name = found
         where = self._job.where
-        if self._to_platform:
+        if self._bare:
             if before.strip("/"):
                 raise RefusedError(f"{text[:200]} has a prefix, though the job has no where")
-            return name, Path("/")
+            return name, Path(self._config.where or "/")
         if not before.startswith("/"):
             raise RefusedError(f"{text[:200]}: expected an absolute path")
         if where is not None and os.path.normpath(before) != os.path.normpath(where):
@@ -289,7 +296,9 @@ class Restore:
         if not parts and self._assembly is not None:
             parts = self._assembly.under_way()
         sizes = {vm.name: sum(disk.size for disk in vm.disks) for vm in vms}
-        where = "the platform" if self._to_platform else self._job.where or "files"
+        where = "the platform"
+        if not self._to_platform:
+            where = (self._config.where if self._bare else self._job.where) or "files"
         try:
             with trio.fail_after(_RECORD_S):
                 for part in parts:

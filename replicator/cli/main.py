@@ -34,6 +34,7 @@ COMPLETE = "_REPLCTL_COMPLETE"
 DEFAULT_CONFIG = Path("/etc/replicator/replicator.conf")
 
 _COMMANDS = {
+    "backups": "replicator.cli.backups:backups",
     "completion": "replicator.cli.completion:completion",
     "estimate": "replicator.cli.estimating:estimate",
     "export": "replicator.cli.receiving:export",
@@ -123,7 +124,7 @@ def replctl(ctx: click.Context, config_path: Path, as_json: bool) -> None:
     """Disaster recovery of virtual machine disks.
 
     At the source: seed, push, resync, run, throttle, estimate; with Nutanix health-check and owned too. On the receiver: receiver,
-    verify, export, failover. On both: status, points, history, usage, log, projections.
+    verify, export, failover. On both: status, points, history, usage, backups, log, projections.
     """
     ctx.obj = CliContext(config_path, as_json)
 

@@ -137,14 +137,19 @@ async def _of_job(folder: Path, found: Iterable[Owned]) -> list[Owned]:
     except StateError as error:
         _logger.warning("%s", error)
         return []
+    if not names.is_installation(installation):
+        return []
     known = {(entry.kind, entry.name): entry for entry in entries}
-    own = names.prefix(installation) if names.is_installation(installation) else None
-    return [
-        dataclasses.replace(each, why=_why(each, entry), entry=entry)
-        for each in found
-        if own is not None and each.name.startswith(own)
-        for entry in (known.get((each.kind, each.name)),)
-    ]
+    ours = []
+    for each in found:
+        if not each.name.startswith(names.prefix(installation)):
+            continue
+        entry = known.get((each.kind, each.name))
+        told = dataclasses.replace(each, why=_why(each, entry), entry=entry)
+        if entry is not None:
+            told = dataclasses.replace(told, vm=entry.vm, cluster=each.cluster or entry.cluster)
+        ours.append(told)
+    return ours
 
 
 def _why(each: Owned, entry: Entry | None) -> Why:

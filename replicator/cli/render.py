@@ -220,6 +220,34 @@ def _details(event: dict[str, Any]) -> str:
     return ", ".join(parts)
 
 
+def show_backups(rows: Sequence[dict[str, Any]]) -> None:
+    """BackupInfo objects as a table, and failures of last jobs below it."""
+    cells = []
+    for row in rows:
+        last, full = row["last"], row["full"]
+        cells.append(
+            [
+                row["vm"],
+                row["job"],
+                "-" if full is None else full["taken_at"],
+                "-" if last is None else last["job"],
+                "-" if last is None else last["level"],
+                "-" if last is None else str(last["job_id"]),
+                "-" if last is None else size(last["bytes"]),
+                "-" if last is None else duration(last["age_s"]),
+                str(row["parts"]),
+                row["snapshot"] or row["reference"] or "-",
+                "failed" if row["failure"] is not None else "ok",
+            ]
+        )
+    heads = ["VM", "job", "last Full", "last job", "level", "JobId", "data", "age", "parts"]
+    _table([*heads, "reference", "last result"], cells, styled=10)
+    for row in rows:
+        if (failure := row["failure"]) is not None:
+            text = f"{row['vm']}: {failure['job']} (JobId {failure['job_id']}) failed at {failure['at']}: {failure['reason']}"
+            _console().print(Text(one_line(text), style="red"), soft_wrap=True)
+
+
 def show_health(report: dict[str, Any]) -> None:
     """A HealthReport as a table, a row for each finding, and what to do below it."""
     rows = []
@@ -267,6 +295,7 @@ def _console() -> Console:
 
 
 __all__ = [
+    "show_backups",
     "show_health",
     "show_history",
     "show_periods",

@@ -10,16 +10,18 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import trio
 
 from replicator.control.server import NotFoundError, Page, serve_tcp
+from replicator.domain.backup import LEVELS, BackupPart, Backups
 from replicator.domain.failover import State
 from replicator.domain.vm import ProtectedVm
 from replicator.log import EventLog
+from replicator.log.chains import Chain, read_chains
 from replicator.log.usage import Usage
 
 if TYPE_CHECKING:
@@ -63,6 +65,8 @@ class Metrics:
         """The page as of now. Raises the event store's errors."""
         usage = await self._log.usage()
         live = self._live
+        # Each chain of backups has a log of its own, in the same state directory.
+        chains = await trio.to_thread.run_sync(read_chains, self._log.store.folder.parent)
         snapshot = _Snapshot(
             now=self._clock(),
             vms=_with_labels([vm for vm in self._log.vms if live.shows(vm)]),
@@ -73,6 +77,7 @@ class Metrics:
             pushing={} if live.pushing is None else dict(live.pushing()),
             prism_errors=None if live.prism_errors is None else dict(live.prism_errors()),
             attach_failures=None if live.attach_failures is None else live.attach_failures(),
+            backups=_by_vm(chains),
         )
         return await trio.to_thread.run_sync(_render, snapshot)
 
@@ -96,6 +101,7 @@ class _Snapshot:
     pushing: dict[str, tuple[float, int]]
     prism_errors: dict[str, int] | None
     attach_failures: int | None
+    backups: dict[str, list[Backups]]
 
     def collect(self) -> Iterator[Metric]:
         """See prometheus_client.registry.Collector."""
@@ -103,6 +109,8 @@ class _Snapshot:
         yield from self._counters()
         yield from self._process()
         yield from self._platform()
+        if self.backups:
+            yield from self._backups()
 
     def _state(self) -> Iterator[Metric]:
         newest = [((label,), vm.newest) for label, vm in self.vms if vm.newest is not None]
@@ -235,6 +243,53 @@ class _Snapshot:
                 (),
                 [((), self.attach_failures)],
             )
+
+    def _backups(self) -> Iterator[Metric]:
+        """What Bacula has, of all its jobs that back up a VM from this host."""
+        sums: Counter[tuple[str, str]] = Counter()
+        last: list[tuple[tuple[str], BackupPart]] = []
+        for vm, chains in self.backups.items():
+            for each in (each for known in chains for each in known.sums):
+                sums[vm, LEVELS.get(each.level, each.level)] += each.bytes_stored
+            parts = [known.last for known in chains if known.last is not None]
+            if parts:
+                last.append(((vm,), max(parts, key=lambda part: part.committed_at_us)))
+        yield _counter(
+            "replicator_backup_bytes",
+            "Bytes of data in backups that Bacula has confirmed, by level.",
+            ("vm", "type"),
+            sums.items(),
+        )
+        yield _gauge(
+            "replicator_backup_duration_seconds",
+            "How long the last backup took, from its snapshot to Bacula's verdict.",
+            ("vm",),
+            ((key, part.duration_us / 1e6) for key, part in last),
+        )
+        yield _gauge(
+            "replicator_backup_last_success_timestamp_seconds",
+            "When the snapshot of the last backup was taken that Bacula has confirmed.",
+            ("vm",),
+            ((key, part.taken_at_us / 1e6) for key, part in last),
+        )
+        yield _counter(
+            "replicator_backups_failed",
+            "Backups that came to nothing.",
+            ("vm",),
+            (((vm,), sum(known.failed for known in chains)) for vm, chains in self.backups.items()),
+        )
+
+
+def _by_vm(chains: Sequence[Chain]) -> dict[str, list[Backups]]:
+    """The backups of each VM, by what it is called on the page."""
+    newest = {chain.vm.vm: chain.name for chain in chains}
+    names = Counter(newest.values())
+    found: dict[str, list[Backups]] = {}
+    for chain in chains:
+        name = newest[chain.vm.vm]
+        label = name if names[name] == 1 else f"{name} ({chain.vm.vm})"
+        found.setdefault(label, []).append(chain.backups)
+    return found
 
 
 def _with_labels(vms: list[ProtectedVm]) -> list[tuple[str, ProtectedVm]]:

@@ -115,9 +115,10 @@ class Director:
             lines += ["done"]
             lines += [] if options else ["yes"]
         if options:
+            lines += ["mod", _PLUGIN_OPTIONS]
             for number, value in options.items():
-                lines += ["mod", _PLUGIN_OPTIONS, "mod", number, value, "yes"]
-            lines += ["yes"]
+                lines += ["mod", number, value]
+            lines += ["yes", "yes"]
         return self._queue(*lines)
 
     def restore(

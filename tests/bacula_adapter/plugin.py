@@ -109,6 +109,7 @@ class Plugin:
         self.claims: list[str] = []
         #: Exit code of a real process, once it ended.
         self.exit_code: int | None = None
+        self.ended = trio.Event()
         self.process: trio.Process | None = None
 
     # Packets
@@ -429,13 +430,20 @@ class Plugin:
 
 @asynccontextmanager
 async def started_backend(
-    *, ext: bool = True, config: Path | None = None, env: Mapping[str, str] | None = None
+    *,
+    ext: bool = True,
+    config: Path | None = None,
+    env: Mapping[str, str] | None = None,
+    code: str = "import sys; from bacula_adapter.backend_command import main; sys.exit(main([]))",
+    stderr: str = "",
 ) -> AsyncIterator[Plugin]:
-    """The real process. ``config``: its configuration file, where the string names none (else there is none)."""
+    """The real process. ``config``: its configuration file, where the string names none (else there is none). ``stderr``: what it
+    has to leave there.
+    """
     to_backend, from_backend = os.pipe(), os.pipe()
     whole = {**os.environ, "REPLCTL_CONFIG": str(config or "/dev/null"), **(env or {})}
     process = await trio.lowlevel.open_process(
-        [sys.executable, "-m", "bacula_adapter.backend_command"],
+        [sys.executable, "-c", code],
         stdin=to_backend[0],
         stdout=from_backend[1],
         stderr=subprocess.PIPE,
@@ -445,12 +453,12 @@ async def started_backend(
     os.close(from_backend[1])
     plugin = Plugin(from_backend[0], to_backend[1], ext=ext, cancel=process.send_signal)
     plugin.process = process
-    stderr = bytearray()
+    last_words = bytearray()
 
     async def collect() -> None:
         assert process.stderr is not None
         async for chunk in process.stderr:
-            stderr.extend(chunk)
+            last_words.extend(chunk)
 
     try:
         async with trio.open_nursery() as nursery:
@@ -465,7 +473,7 @@ async def started_backend(
             process.kill()
         with trio.CancelScope(shield=True):
             plugin.exit_code = await process.wait()
-    assert stderr.decode() == ""  # messages of the last resort
+    assert last_words.decode() == stderr  # messages of the last resort
 
 
 @asynccontextmanager
@@ -480,6 +488,7 @@ async def inner_backend(handlers: Handlers, *, ext: bool = True) -> AsyncIterato
         try:
             plugin.exit_code = await session.run(heed)
         finally:
+            plugin.ended.set()
             os.close(to_backend[0])
             os.close(from_backend[1])
 

@@ -189,8 +189,7 @@ async def test_given_up_at_any_time(
             else:
                 plugin.cancel(number)
             # It may be that nobody reads any more: it ends all the same.
-            while plugin.exit_code is None:
-                await trio.sleep(0.5)
+            await plugin.ended.wait()
             assert autojump_clock.current_time() - began <= 8
         check_undone(fakes)
 

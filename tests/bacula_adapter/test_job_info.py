@@ -147,7 +147,7 @@ def test_which_streams(
     assert caplog.messages == []
     assert not decide(ours, "auto")
     assert "plain streams, zeros included: the file daemon encrypts" in caplog.text
-    with pytest.raises(UsageError, match="bacula_streams: addressed needs replicator-fd.so"):
+    with pytest.raises(UsageError, match=r"bacula_streams: addressed needs replicator-fd\.so"):
         decide(stock, "addressed")
     path.write_text(FD % "")
     assert decide(ours, "auto")

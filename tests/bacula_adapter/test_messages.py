@@ -72,7 +72,7 @@ def test_levels_become_statuses(desk: Desk) -> None:
 def test_verbose(desk: Desk, verbose: str, said: str, tmp_path: Path) -> None:
     desk.follow(verbose=verbose, debug_log=str(tmp_path / "log"))
     try:
-        raise OSError(5, "gone")  # noqa: TRY301
+        raise OSError(5, "gone")
     except OSError:
         _logger.debug("d", exc_info=True)
     _logger.info("i")

@@ -12,11 +12,13 @@ from pathlib import Path
 import pytest
 import trio
 
-from bacula_adapter.backend import modes
+from bacula_adapter.backend import command, modes
+from bacula_adapter.backend.command import run_command
 from bacula_adapter.backend.interface import Answer, JobInfo, JobKind, RestoredFile
-from bacula_adapter.backend.modes import config_text, name_of, run_command, words_of
+from bacula_adapter.backend.modes import config_text, name_of, words_of
 from replicator.config import Config, check, parse_lines
-from replicator.errors import ReplicatorError, UsageError
+from replicator.errors import RefusedError, ReplicatorError, UsageError
+from replicator.state_dir import open_state_dir
 from tests.bacula_adapter.plugin import JOB, BackendFailedError, SavedFile, started_backend
 from tests.cli.conftest import KEY, write_config
 from tests.limits import HANG_S
@@ -131,7 +133,7 @@ async def test_a_command_that_this_version_does_not_have_says_so(site: Site) -> 
 async def test_a_receiver_runs_until_the_job_is_cancelled(site: Site) -> None:
     config = write_config(
         site.folder / "receiver.conf",
-        {"dr_listen": "127.0.0.1", "dr_port": 0 or _free_port(), "dr_auth_token": KEY,
+        {"dr_listen": "127.0.0.1", "dr_port": _free_port(), "dr_auth_token": KEY,
          "state_dir": site.folder / "receiver", "debug_log": site.folder / "log"},
     )  # fmt: skip
     async with started_backend(config=config) as plugin:
@@ -162,7 +164,7 @@ async def run_code(
     monkeypatch: pytest.MonkeyPatch, code: str, config: Config | None = None
 ) -> bytes:
     """As ``run_command``, of another program."""
-    monkeypatch.setattr(modes, "_CODE", code)
+    monkeypatch.setattr(command, "_CODE", code)
     return await run_command(["seed"], config_text(config or check({})))
 
 
@@ -192,7 +194,7 @@ print("replctl: no such VM", end="", file=sys.stderr)
 sys.exit(3)"""
     with pytest.raises(ReplicatorError, match=r"^no such VM$"):
         await run_code(monkeypatch, code)
-    records = [(r.levelname, r.getMessage()) for r in caplog.records if r.name == modes.__name__]
+    records = [(r.levelname, r.getMessage()) for r in caplog.records if r.name == command.__name__]
     assert records == [("WARNING", "the line"), ("ERROR", "bad")]
 
 
@@ -202,7 +204,7 @@ async def test_one_that_fails_without_a_word(monkeypatch: pytest.MonkeyPatch) ->
 
 
 async def test_an_answer_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(modes, "_ANSWER_MAX", 1 << 20)
+    monkeypatch.setattr(command, "_ANSWER_MAX", 1 << 20)
     code = "import os\nwhile True: os.write(1, bytes(65536))"
     with pytest.raises(ReplicatorError, match="answered more than 1048576 bytes"):
         await run_code(monkeypatch, code)
@@ -212,8 +214,8 @@ async def test_an_answer_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
 async def test_a_cancelled_command_is_interrupted_then_terminated_then_killed(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, ignored: int
 ) -> None:
-    monkeypatch.setattr(modes, "_INTERRUPT_S", 0.1 if ignored else HANG_S)
-    monkeypatch.setattr(modes, "_TERMINATE_S", 0.1 if ignored > 1 else HANG_S)
+    monkeypatch.setattr(command, "_INTERRUPT_S", 0.1 if ignored else HANG_S)
+    monkeypatch.setattr(command, "_TERMINATE_S", 0.1 if ignored > 1 else HANG_S)
     deaf = [signal.SIGINT, signal.SIGTERM][:ignored]
     seen = tmp_path / "seen"
     code = f"""import os, signal, sys
@@ -225,7 +227,7 @@ print("2026-11-25T10:00:00.000Z INFO    ready", file=sys.stderr, flush=True)
 while True: signal.pause()"""
     async with trio.open_nursery() as nursery:
         ready = trio.Event()
-        monkeypatch.setattr(modes._logger, "log", lambda *_: ready.set())
+        monkeypatch.setattr(command._logger, "log", lambda *_: ready.set())
         nursery.start_soon(run_code, monkeypatch, code)
         with trio.fail_after(HANG_S):
             await ready.wait()
@@ -237,6 +239,32 @@ async def test_nothing_of_it_stays_open(monkeypatch: pytest.MonkeyPatch) -> None
     before = sorted(os.listdir("/proc/self/fd"))
     assert await run_code(monkeypatch, "print(1)") == b"1\n"
     assert sorted(os.listdir("/proc/self/fd")) == before
+
+
+async def test_it_does_not_outlive_the_backend(site: Site) -> None:
+    """The backend is killed: the kernel interrupts what it runs."""
+    config = write_config(
+        site.folder / "receiver.conf",
+        {"dr_listen": "127.0.0.1", "dr_port": _free_port(), "dr_auth_token": KEY,
+         "state_dir": site.folder / "receiver", "debug_log": site.folder / "log"},
+    )  # fmt: skip
+    async with started_backend(config=config) as plugin:
+        await plugin.hello()
+        await plugin.job()
+        await plugin.params("mode=receiver")
+        await plugin.start("BackupStart")
+        with trio.fail_after(HANG_S):
+            while "listening" not in plugin.text:
+                packet = await plugin.packet()
+                plugin.messages.append((packet.status, packet.text()))
+            plugin.cancel(signal.SIGKILL)
+            # As long as it runs, it holds the lock of its state directory.
+            while True:
+                try:
+                    with open_state_dir(site.folder / "receiver"):
+                        break
+                except RefusedError:
+                    await trio.sleep(0.01)
 
 
 async def test_the_estimate_of_such_a_job(site: Site) -> None:

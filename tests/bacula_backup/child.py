@@ -12,6 +12,7 @@ import pickle
 import signal
 import sys
 import traceback
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -20,9 +21,12 @@ import trio
 from bacula_adapter.backend.interface import JobInfo, JobKind, Level
 from bacula_adapter.backup import open_backup
 from eventstore import environment
-from replicator import durable
+from replicator import durable, prism_access
 from replicator.config import check
+from replicator.prism import v3, v4  # noqa: F401 - so that they are loaded
+from replicator.prism.settings import PrismSettings
 from tests.bacula_backup.lab import Volume
+from tests.sources.simulated import WAITS
 
 
 class Trial(msgspec.Struct, kw_only=True):
@@ -70,6 +74,8 @@ async def run(trial: Trial) -> None:
 
 def main() -> None:
     gc.disable()
+    # The simulator's tasks are done at once: the gaps between looks would be most of the time.
+    prism_access.PrismSettings = partial(PrismSettings, waits=WAITS)  # type: ignore[misc,assignment]
     for line in sys.stdin:
         trial: Any = msgspec.json.decode(line, type=Trial)
         sys.stdout.flush()
@@ -85,9 +91,14 @@ def main() -> None:
                 traceback.print_exc()
             finally:
                 os._exit(code)
+        _tell(pid)
         _, status = os.waitpid(pid, 0)
-        sys.stdout.write(f"{os.waitstatus_to_exitcode(status)}\n")
-        sys.stdout.flush()
+        _tell(os.waitstatus_to_exitcode(status))
+
+
+def _tell(number: int) -> None:
+    sys.stdout.write(f"{number}\n")
+    sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -184,8 +184,8 @@ class Catalogue:
 
     def known(self, uuid: str) -> Backups:
         """What the chain's log says."""
-        vm = chains.read_chain(folder_of(self.config, "jobs", self.job, uuid))
-        return Backups() if vm is None else vm.backups
+        chain = chains.read_chain(folder_of(self.config, "jobs", self.job, uuid))
+        return Backups() if chain is None else chain.backups
 
     def images(self, job: str | None = None, vm: str | None = None) -> dict[str, bytes]:
         """The disks of a VM as of a job (the last), put together from what is on the volumes, checked at each step."""

@@ -47,6 +47,7 @@ class Children:
         assert self._process.stdout is not None
         self._process.stdin.write(msgspec.json.encode(trial).decode() + "\n")
         self._process.stdin.flush()
+        self._process.stdout.readline()  # its id
         code = int(self._process.stdout.readline())
         assert code in (0, -signal.SIGKILL), "the job failed: see what it printed"
         if volume.exists():

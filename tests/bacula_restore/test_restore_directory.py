@@ -172,6 +172,23 @@ async def test_a_regular_expression_says_where(tmp_path: Path) -> None:
     assert found.read_bytes() == part.images["disk-0"]
 
 
+async def test_the_configuration_may_say_where(tmp_path: Path) -> None:
+    machine, part = small()
+    config = config_in(tmp_path, where=str(tmp_path / "out"))
+    await restore(tmp_path, machine.parts, job=restore_job(""), config=config, bacula=Bacula(""))
+    assert out_of(tmp_path, part, "disk-0").read_bytes() == part.images["disk-0"]
+
+
+@pytest.mark.parametrize("where", ["relative", "/tmp/../etc"])
+async def test_the_configurations_place_is_checked(tmp_path: Path, where: str) -> None:
+    machine, _ = small()
+    config = config_in(tmp_path, where=where)
+    with pytest.raises(RefusedError, match="is not an absolute path without"):
+        await restore(
+            tmp_path, machine.parts, job=restore_job("/"), config=config, bacula=Bacula("")
+        )
+
+
 @pytest.mark.parametrize("prefix", ["", "some/where"])
 async def test_a_regular_expression_must_lead_to_a_place(tmp_path: Path, prefix: str) -> None:
     machine, _ = small()

@@ -29,6 +29,7 @@ from replicator.domain.views import (
     warnings,
 )
 from replicator.domain.vm import ProtectedVm
+from tests.domain.samples import backup
 
 DOCUMENT = (Path(__file__).parents[2] / "docs" / "json.md").read_text("utf-8")
 VM = UUID("2cfe30b1-ed0a-5d2c-b362-ab269447546d")
@@ -55,6 +56,8 @@ CHECKS: dict[str, Callable[[object], bool]] = {
     "SamplingInfo": lambda value: isinstance(value, dict),
     "PushProgress": lambda value: isinstance(value, dict),
     "LastCycle": lambda value: isinstance(value, dict),
+    "BackupPart": lambda value: isinstance(value, dict),
+    "BackupFailure": lambda value: isinstance(value, dict),
     "list of VmPush": lambda value: isinstance(value, list),
     "list of DiskEstimate": lambda value: isinstance(value, list),
 }
@@ -125,6 +128,10 @@ def lived(role: str = "receiver") -> tuple[ProtectedVm, list[Any]]:
     vm.make_permanent()
     vm.break_peer("it has 3 events, but it had 5")
     vm.accept_peer()
+    vm.commit_backup(backup())
+    vm.fail_backup("Nightly.2026-03-04_05.06.07_09", 26, "I", "cancelled")
+    vm.restore_done("Restore.2026-03-04_05.06.07_10", 27, "/srv/restored", 4096)
+    vm.restore_failed("Restore.2026-03-04_05.06.07_11", 28, "cluster-b", "cancelled")
     events = [*vm.collect_events(), vm.open_period(2)]
     folded: Any = None
     for event in events:
@@ -298,6 +305,9 @@ def test_committed_points_and_damage_in_the_history() -> None:
     ]
     assert all(f"`{field}`" in section("Event") for field in seed["disks"][0])
     keeps_promise("Damage", infos["point-damaged"]["damage"])
+    part = infos["backup-committed"]["backup"]
+    assert (part["number"], part["level"], part["duration_s"]) == (1, "F", 9000.0)
+    assert all(f"`{field}`" in section("Event") for field in part)
     assert infos["test-started"]["clone"] == {
         "clone_id": "clone1", "point": 2, "started_at": "2023-11-14T22:13:23.000Z",
     }  # fmt: skip

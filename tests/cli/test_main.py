@@ -36,8 +36,9 @@ def test_help_lists_every_command(replctl: Replctl) -> None:
     assert (done.code, done.err) == (0, "")
     listed = set(re.findall(r"^  ([a-z][a-z-]*)  ", done.out, re.MULTILINE))
     assert listed == {
-        "completion", "estimate", "export", "failover", "health-check", "history", "log", "owned", "points", "projections",
-            "push", "receiver", "resync", "run", "seed", "simulate", "status", "throttle", "usage", "verify",
+        "backups", "completion", "estimate", "export", "failover", "health-check", "history", "log", "owned", "points",
+        "projections", "push", "receiver", "restore-images", "resync", "run", "seed", "simulate", "status", "throttle",
+        "usage", "verify",
     }  # fmt: skip
 
 

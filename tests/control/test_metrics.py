@@ -21,7 +21,7 @@ from replicator.domain.model import Damage, PushKind
 from replicator.errors import StateError
 from replicator.log import EventLog, open_log
 from replicator.log.states import VmStates
-from tests.domain.samples import point
+from tests.domain.samples import backup, point
 from tests.limits import HANG_S
 
 WEB = UUID("2cfe30b1-ed0a-5d2c-b362-ab269447546d")
@@ -139,6 +139,12 @@ async def test_every_metric_is_documented_with_its_labels(tmp_path: Path) -> Non
         prism_errors=lambda: {"config/tasks": 1},
         attach_failures=lambda: 0,
     )
+    chain = tmp_path / "bacula" / "jobs" / "Nightly" / str(WEB)
+    chain.mkdir(parents=True)
+    async with open_log(chain / "events") as log:
+        await log.register(WEB, "web", "backup")
+        async with log.change(WEB) as vm:
+            vm.commit_backup(backup())
     async with open_log(tmp_path / "events") as log:
         await fill(log)
         found = parsed(await Metrics(log, live).page())

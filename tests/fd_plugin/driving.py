@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""Drives the plugin: builds it and the test's own file daemon (host.c), writes a backend's script, runs a job, says what happened."""
+"""Drives the plugin: builds it and a file daemon of its own (host.c), writes a backend's script, runs a job, says what happened."""
 
 from __future__ import annotations
 
@@ -21,7 +21,11 @@ PLUGIN_SOURCES = ROOT / "bacula_adapter" / "fd_plugin"
 #: Bacula 9.6.7 and 15.0.x.
 INTERFACES = (14, 23)
 VERSION_OF = {14: "9.6.7 (10 December 2020)", 23: "15.0.3 (25 March 2025)"}
-SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
+SANITIZERS = (
+    "-fsanitize=address,undefined",
+    "-fno-sanitize-recover=all",
+    "-fno-omit-frame-pointer",
+)
 STRICT = ("-std=c11", "-D_GNU_SOURCE", "-g", "-O1", "-Wall", "-Wextra", "-Wshadow", "-Werror")
 #: The backend that is built in, for when there is none beside the plugin.
 BUILT_IN = "/nowhere/replicator-backend"

@@ -143,7 +143,10 @@ class Backend:
 
     def do_descriptors(self) -> None:
         """What of the daemon's descriptors has come along."""
-        self.note("descriptors", sorted(int(name) for name in os.listdir("/proc/self/fd") if int(name) > 3))
+        self.note(
+            "descriptors",
+            sorted(int(name) for name in os.listdir("/proc/self/fd") if int(name) > 3),
+        )
 
     def do_restore(self, answers: dict[str, str]) -> None:
         """Objects and files until FINISH, which is not answered yet; or until the verdict, which is."""

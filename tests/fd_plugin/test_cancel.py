@@ -117,3 +117,40 @@ def test_the_signal_does_not_reach_a_stranger(daemon: Daemon, interface: int) ->
     done = daemon.run(interface, "backup", script, "cancel=event4", "cancel_first=1")
     assert done.named("cancel") == ["0"]
     assert done.named("open-failed")
+
+
+@pytest.mark.parametrize(("status", "verdict"), [("A", "A"), ("f", "f")])
+def test_within_a_call_of_the_plugin(
+    daemon: Daemon, interface: int, status: str, verdict: str
+) -> None:
+    """15.0 may find a broken network while it passes a message on."""
+    script: Script = [
+        ["handshake"],
+        *named_file(DISK, 500_000),
+        ["send", "C", "DATA"],
+        ["send", "W", "slow"],
+        ["data", None, 500_000],
+        ["send", "F"],
+        ["verdict"],
+    ]
+    done = daemon.run(interface, "backup", script, "cancel=message", f"status={status}")
+    assert done.named("cancel") == ["0"]
+    assert done.fatal == []
+    assert done.heard()[-3:] == [f"C RESULT {verdict}", "C END", "T"]
+
+
+def test_a_cancelled_job_that_bacula_takes_for_good_is_not(daemon: Daemon, interface: int) -> None:
+    """Its file was cut by the cancellation, of which then nothing came."""
+    script: Script = [
+        ["handshake"],
+        *named_file(DISK, 500_000),
+        ["send", "C", "DATA"],
+        ["send", "W", "slow"],
+        ["data", None, 500_000],
+        ["send", "F"],
+        ["verdict"],
+    ]
+    done = daemon.run(interface, "backup", script, "cancel=message", "status=T")
+    assert done.fatal == ["the job is not complete, although Bacula took it for good"]
+    assert done.status == "f"
+    assert "C RESULT f" in done.heard()

@@ -4,9 +4,18 @@
 from __future__ import annotations
 
 import subprocess
+
 import pytest
 
-from tests.fd_plugin.driving import BUILD_ENVIRONMENT, BUILT_IN, INTERFACES, ROOT, STRING, Built, Daemon
+from tests.fd_plugin.driving import (
+    BUILD_ENVIRONMENT,
+    BUILT_IN,
+    INTERFACES,
+    ROOT,
+    STRING,
+    Built,
+    Daemon,
+)
 
 
 def test_both_versions_load_one_binary(daemon: Daemon, interface: int) -> None:

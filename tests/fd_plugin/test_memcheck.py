@@ -5,7 +5,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.fd_plugin.driving import STRING, Built, Daemon, Script, catalogue_object, named_file, plain_file
+from tests.fd_plugin.driving import (
+    STRING,
+    Built,
+    Daemon,
+    Script,
+    catalogue_object,
+    named_file,
+    plain_file,
+)
 
 VALGRIND = (
     "valgrind",
@@ -38,7 +46,9 @@ def test_the_main_ways_are_clean(released: Built, tmp_path: Path, interface: int
     assert daemon.run(interface, "backup", backup, "check=@x", "accurate=1").status == "T"
     restore: Script = [["handshake"], ["restore", {}], ["send", "F"], ["verdict"]]
     file = f"file={STRING}|/r/a|3|1|400000|0+100000,300000+100000"
-    assert daemon.run(interface, "restore", restore, file, f"object=28|1|o|{STRING}|x").status == "T"
+    assert (
+        daemon.run(interface, "restore", restore, file, f"object=28|1|o|{STRING}|x").status == "T"
+    )
     estimate: Script = [["handshake"], *named_file("a", 5), ["send", "F"], ["end"]]
     assert daemon.run(interface, "estimate", estimate).messages == []
     crash: Script = [["handshake"], *named_file("a", 5), ["kill"]]

@@ -193,9 +193,7 @@ def test_names_with_control_characters_are_refused(daemon: Daemon, interface: in
     script: Script = [["handshake"], ["restore", {}]]
     done = daemon.run(interface, "restore", script, f"file={STRING}|/r/a\nC000003|3|1|5|0+5")
     assert done.fatal == ["a file of the backup has a name that cannot be restored"]
-    done = daemon.run(
-        interface, "restore", SERVE, f"file={STRING}|/r/a|3|1|5|0+5", "where=/r\nx"
-    )
+    done = daemon.run(interface, "restore", SERVE, f"file={STRING}|/r/a|3|1|5|0+5", "where=/r\nx")
     assert done.fatal == ["Where holds a control character"]
     assert done.status == "f"
 

@@ -15,6 +15,10 @@ from typing import Any, Final
 
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
+from bacula_adapter.backend.attributes import parse_stat, parse_tstamp
+from bacula_adapter.backend.dialogue import Dialogue, Word
+from bacula_adapter.backend.dialogue import State as Turn
+from bacula_adapter.backend.packets import PacketReader
 from replicator.errors import DamageError, PhcbtError, WireError
 from replicator.phcbt import NEED_DATA, DataRecord, Decoder, Header
 from replicator.phcbt.decode import Limits
@@ -226,6 +230,41 @@ def eat_stream(pieces: Iterator[bytes]) -> Iterator[Any]:
     decoder.close()
 
 
+#: What the backend says where it is its turn, at its shortest.
+_BACKEND_SAYS: Final = {
+    Turn.WELCOME: (Word.WELCOME,),
+    Turn.JOB_TAKEN: (Word.DONE,),
+    Turn.PARAMS_TAKEN: (Word.DONE,),
+    Turn.BACKUP_OPENING: (Word.DONE, Word.DONE),
+    Turn.CHECKING: (Word.SEEN,),
+    Turn.LIST_OPENING: (Word.DONE, Word.DONE),
+    Turn.QUERY_OPENING: (Word.DONE, Word.DONE),
+    Turn.RESTORE_OPENING: (Word.DONE,),
+    Turn.OBJECT_TAKING: (Word.SEND,),
+    Turn.FILE_CREATING: (Word.SEND,),
+    Turn.FILE_CLOSING: (Word.SEND,),
+    Turn.FINISHING: (Word.DONE,),
+    Turn.VERDICT: (Word.RESULT_OK,),
+    Turn.ENDING: (Word.DONE,),
+}
+
+
+def eat_plugin(pieces: Iterator[bytes]) -> Iterator[Any]:
+    """All that the Bacula backend decodes of a file daemon's plugin, which gets an answer at once."""
+    reader, dialogue = PacketReader(), Dialogue()
+    for piece in pieces:
+        for packet in reader.feed(piece):
+            said = dialogue.receive(packet)
+            yield said.word, said.text, said.data
+            if said.word is Word.STAT:
+                yield parse_stat(said.text)
+            elif said.word is Word.TSTAMP:
+                yield parse_tstamp(said.text)
+            for word in _BACKEND_SAYS.get(dialogue.state, ()):
+                dialogue.say(word)
+            assert not dialogue.state.ours
+
+
 #: By name: the fuzzer takes one as its argument.
 DECODERS: Final[dict[str, Feed]] = {
     eater.__name__.removeprefix("eat_"): eater
@@ -239,6 +278,7 @@ DECODERS: Final[dict[str, Feed]] = {
         eat_session_of_source,
         eat_session_of_receiver,
         eat_stream,
+        eat_plugin,
     )
 }
 

@@ -38,7 +38,7 @@ def main(name: str, where: Path, seconds: int) -> None:
     """Fuzz one decoder. Does not return: the fuzzer ends the process, with 0 if nothing was found."""
     # Only there for this: no dependency of the project.
     atheris = importlib.import_module("atheris")
-    with atheris.instrument_imports(include=["replicator"]):
+    with atheris.instrument_imports(include=["replicator", "bacula_adapter"]):
         importlib.import_module("tests.hostile.decoders")
     corpus = where / name
     sow(name, corpus)

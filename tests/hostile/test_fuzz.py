@@ -19,7 +19,15 @@ from tests.hostile.decoders import DECODERS, LIMITS, check, outcome, split
 from tests.hostile.mutate import cuts, lying_stream, mutated, mutated_message
 
 VALID = samples.valid()
-ERRORS = ("WireError", "FrameError", "CutError", "AuthenticationError", "PhcbtError", "DamageError")
+ERRORS = (
+    "WireError",
+    "FrameError",
+    "CutError",
+    "AuthenticationError",
+    "PhcbtError",
+    "DamageError",
+    "ProtocolError",
+)
 
 
 def is_error(event: Any) -> bool:

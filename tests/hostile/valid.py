@@ -8,6 +8,7 @@ import random
 from typing import Final
 from uuid import UUID
 
+from bacula_adapter.backend.packets import encode
 from replicator.domain.model import PushKind
 from replicator.phcbt import Algorithm, StreamHeader, StreamWriter, encode_chunk
 from replicator.wire import messages as m
@@ -132,6 +133,50 @@ def sealed(payloads: list[bytes], *, encrypted: bool) -> bytes:
     return b"".join([*(bytes(sealer.seal(each)) for each in payloads), bytes(sealer.seal_close())])
 
 
+def _begin(kind: str, start: str) -> list[tuple[str, bytes]]:
+    lines = [
+        "Hello replicator 3 ext=1",
+        "Job",
+        "Name=Job.2026-11-25_10.00.00_03",
+        f"Type={kind}",
+        "",
+        "Params",
+    ]
+    return [
+        ("C" if text else "F", text.encode()) for text in [*lines, "PluginString=vm=web", "", start]
+    ]
+
+
+def _packets(said: list[tuple[str, bytes]]) -> bytes:
+    return b"".join(encode(status, payload) for status, payload in said)
+
+
+def plugin_backup() -> bytes:
+    """What Bacula's plugin says in a backup."""
+    end = [("C", b"CHECKFILE:@image/web/x"), ("C", b"RESULT T"), ("C", b"END"), ("T", b"")]
+    return _packets([*_begin("B", "BackupStart"), *end])
+
+
+def plugin_restore() -> bytes:
+    """What it says in a restore: an object, two files."""
+    attributes = [
+        ("C", b"STAT:F 9 0 0 100600 1 1"),
+        ("C", b"TSTAMP:1 2 3"),
+        ("F", b""),
+        ("C", b"DATA"),
+    ]
+    return _packets(
+        [
+            *_begin("R", "RestoreStart"),
+            *[("C", b"RESTOREOBJ:x"), ("C", b"RESTOREOBJ_JOBID:1"), ("C", b"RESTOREOBJ_TYPE:25")],
+            *[("C", b"RESTOREOBJ_LEN:3"), ("D", b"abc"), ("F", b"")],
+            *[("C", b"FNAME:/r/a"), *attributes, ("B", bytes(8) + b"abc"), ("E", b"")],
+            *[("C", b"FNAME:/r/b"), *attributes, ("D", b"x" * 5000), ("F", b"")],
+            *[("C", b"FINISH"), ("C", b"RESULT T"), ("C", b"END"), ("T", b"")],
+        ]
+    )
+
+
 @functools.cache
 def valid() -> dict[str, list[bytes]]:
     """Bytes for each decoder, by its name."""
@@ -151,4 +196,5 @@ def valid() -> dict[str, list[bytes]]:
         "session_of_source": [source_session()],
         "session_of_receiver": answers,
         "stream": [stream(), stream(Algorithm.BLAKE3_256, None, 9)],
+        "plugin": [plugin_backup(), plugin_restore()],
     }
