@@ -41,6 +41,9 @@ def choose_base(level: Level, previous: str, known: Backups) -> Base:
         return Base(None, "Bacula does not say from which job this one goes on")
     for part in kept:
         if part.job == previous:
+            if level is Level.DIFFERENTIAL and part.level != Level.FULL:
+                # A restore of this job takes the last Full and it alone.
+                return Base(None, f"a Differential is to go on from {previous}, which is no Full")
             if len(known.line) >= PARTS_MAX and part is known.last:
                 return Base(None, f"{len(known.line)} parts stand on top of each other already")
             return Base(part)

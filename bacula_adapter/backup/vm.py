@@ -39,7 +39,8 @@ from bacula_adapter.description import Description, PartDisk, encode_file
 from bacula_adapter.names import VirtualName
 from replicator.config import Config
 from replicator.domain.backup import BackupPart, Backups, PartName
-from replicator.errors import ReplicatorError
+from replicator.errors import ReplicatorError, SourceError
+from replicator.hardware import Hardware
 from replicator.log import open_log
 from replicator.nursery import flat_nursery
 from replicator.phcbt.format import Algorithm
@@ -128,7 +129,7 @@ class VmBackup:
         await chain.begin(entry)
         snapshot = await chain.source.take(entry.snapshot)
         try:
-            hardware = await self.machine.hardware()
+            hardware = await self._hardware()
             plans = await self._plan(chain, snapshot, base, entry.reference)
             shape = self._shape(entry, known, base, snapshot)
             await self._write_disks(chain, output, turn, shape, plans)
@@ -148,6 +149,18 @@ class VmBackup:
         finally:
             with trio.move_on_after(_CLOSE_S, shield=True):
                 await snapshot.aclose()
+
+    async def _hardware(self) -> Hardware | None:
+        """What the VM is made of; that it cannot be told is no reason not to back its disks up."""
+        try:
+            return await self.machine.hardware()
+        except SourceError as error:
+            _logger.warning(
+                "%s: its hardware cannot be described, a restore will have its disks only: %s",
+                self.name,
+                error,
+            )
+            return None
 
     async def _plan(
         self, chain: Chain, snapshot: Snapshot, base: Base, reference: str | None

@@ -75,7 +75,7 @@ async def run(trial: Trial) -> None:
 def main() -> None:
     gc.disable()
     # The simulator's tasks are done at once: the gaps between looks would be most of the time.
-    prism_access.PrismSettings = partial(PrismSettings, waits=WAITS)  # type: ignore[misc,assignment]
+    vars(prism_access)["PrismSettings"] = partial(PrismSettings, waits=WAITS)
     for line in sys.stdin:
         trial: Any = msgspec.json.decode(line, type=Trial)
         sys.stdout.flush()

@@ -14,7 +14,9 @@ import trio
 from bacula_adapter.backend.interface import Level
 from replicator import prism_access
 from replicator.errors import ReplicatorError, UsageError
+from replicator.prism.errors import PrismPermissionError
 from replicator.prism.settings import PrismSettings, Waits
+from replicator.prism.v4 import PrismV4
 from tests.bacula_backup.lab import GRAIN, Catalogue, Volume
 from tests.bacula_backup.nutanix_lab import MIB, nutanix_lab
 from tests.limits import HANG_S
@@ -212,3 +214,17 @@ async def test_one_vm_that_fails_fails_the_job(tmp_path: Path) -> None:
         for name in ("app01", "db"):
             failure = it.catalogue.known(it.sim.vm(name).uuid).failure
             assert failure is None or "Bacula ended the job" in failure.reason
+
+
+async def test_hardware_that_cannot_be_described(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def fails(*_: object) -> None:
+        await trio.lowlevel.checkpoint()
+        raise PrismPermissionError("no right to see it")
+
+    async with nutanix_lab(tmp_path, "v4", vm="app02") as it:
+        monkeypatch.setattr(PrismV4, "hardware", fails)
+        assert (await it.catalogue.run(FULL)).description().hardware is None
+        assert "app02: its hardware cannot be described" in caplog.text
+        await it.check("app02")

@@ -12,7 +12,7 @@ import pytest
 import trio
 
 from bacula_adapter.backend.interface import Level
-from bacula_adapter.backup import machines
+from bacula_adapter.backup import base, machines
 from bacula_adapter.backup.vm import VmBackup
 from bacula_adapter.state import folder_of
 from replicator.errors import RefusedError, ReplicatorError, SourceError
@@ -327,4 +327,49 @@ async def test_an_event_that_cannot_be_saved_means_that_nothing_counts(
     vm.write("disk-0", 0, b"on")
     third = await vm.catalogue.run(INCREMENTAL)
     assert third.description().disks[0].kind == "full"
+    assert vm.catalogue.images() == vm.contents
+
+
+async def test_a_differential_is_made_from_a_full_only(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    vm = one(tmp_path)
+    await vm.catalogue.run(FULL)
+    await vm.catalogue.run(INCREMENTAL)
+    last = next(reversed(vm.catalogue.volumes))
+    found = await vm.catalogue.run(DIFFERENTIAL, previous=last)
+    assert found.description().disks[0].kind == "full"
+    assert f"{last}, which is no Full" in caplog.text
+
+
+async def test_a_chain_goes_on_in_the_next_period_of_its_log(tmp_path: Path) -> None:
+    vm = one(tmp_path)
+    await vm.catalogue.run(FULL)
+    folder = folder_of(vm.catalogue.config, "jobs", "Nightly", vm.uuid)
+    vm.write("disk-0", 0, b"1")
+    await vm.catalogue.run(INCREMENTAL)
+    before = vm.catalogue.known(vm.uuid)
+    async with open_log(folder / "events") as log:
+        assert await log.close_period() is not None
+        await log.seal()
+    assert vm.catalogue.known(vm.uuid) == before
+    vm.write("disk-0", 5 * GRAIN, b"2")
+    assert (await vm.catalogue.run(INCREMENTAL)).description().disks[0].kind == "delta"
+    assert vm.catalogue.images() == vm.contents
+    await vm.catalogue.run(DIFFERENTIAL)
+    assert vm.catalogue.images() == vm.contents
+
+
+async def test_more_parts_than_a_restore_should_stack(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    vm = one(tmp_path)
+    monkeypatch.setattr(base, "PARTS_MAX", 3)
+    await vm.catalogue.run(FULL)
+    kinds = []
+    for number in range(4):
+        vm.write("disk-0", number, b"x")
+        kinds.append((await vm.catalogue.run(INCREMENTAL)).description().disks[0].kind)
+    assert kinds == ["delta", "delta", "full", "delta"]
+    assert "3 parts stand on top of each other already; falling back to Full" in caplog.text
     assert vm.catalogue.images() == vm.contents

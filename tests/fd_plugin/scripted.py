@@ -20,7 +20,8 @@ class Backend:
     """One process of the plugin's."""
 
     def __init__(self) -> None:
-        self.told = (FOLDER / f"told-{os.getpid()}").open("w")
+        # No file object: a signal's note may come in the middle of another.
+        self.told = os.open(FOLDER / f"told-{os.getpid()}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         self.scripts: dict[str, list[list[Any]]] = json.loads((FOLDER / "script.json").read_text())
         self.plugin_string = ""
         self.signalled = False
@@ -31,8 +32,7 @@ class Backend:
         self.note("signal", "SIGUSR1")
 
     def note(self, status: str, *rest: Any) -> None:
-        self.told.write(json.dumps([status, *rest]) + "\n")
-        self.told.flush()
+        os.write(self.told, json.dumps([status, *rest]).encode() + b"\n")
 
     def take(self, count: int) -> bytes:
         data = b""
