@@ -76,7 +76,8 @@ class PartDisk(msgspec.Struct, frozen=True, kw_only=True):
 class Description(msgspec.Struct, frozen=True, kw_only=True):
     """A part: what one job has of one VM. ``parent``: the id of the part that its deltas start from, empty if all disks are full.
 
-    ``job``: Bacula's unique name; ``level`` what Bacula asked for. Times in microseconds since the epoch. Only valid ones can
+    ``chain``: the id of its first part, so that one whose state was lost is another. ``job``: Bacula's unique name; ``level`` what
+    Bacula asked for. Times in microseconds since the epoch. Only valid ones can
     be built, else ValueError.
     """
 

@@ -19,12 +19,13 @@ def describe(
     shape: PartShape,
     *,
     base: BackupPart | None,
+    chain: str,
     point: int,
     taken_at_us: int,
     disks: Sequence[PartDisk],
     hardware: Hardware | None,
 ) -> Description:
-    """The description of a part. Where every disk came to be sent in full, ``base`` is no parent."""
+    """The description of a part of ``chain``. Where every disk came to be sent in full, ``base`` is no parent."""
     parent = base if any(disk.kind == "delta" for disk in disks) else None
     return Description(
         root_name=shape.root,
@@ -34,7 +35,7 @@ def describe(
         part=shape.part,
         parent="" if parent is None else parent.part,
         parent_job="" if parent is None else parent.job,
-        chain=job.job,
+        chain=chain,
         job=job.name,
         job_id=job.job_id,
         level=job.level,

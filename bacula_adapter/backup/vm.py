@@ -138,6 +138,7 @@ class VmBackup:
                 self.job,
                 shape,
                 base=base.part,
+                chain=known.last.chain if known.last is not None else shape.part,
                 point=self.machine.point,
                 taken_at_us=snapshot.taken_at_us,
                 disks=[self._disks[number] for number in range(len(plans))],

@@ -56,7 +56,7 @@ class Director:
 
     def start(self, job: str, level: str = "Full", *words: str) -> int:
         """Start a backup; its number."""
-        return self._queue(f"run job={job} level={level} {' '.join(words)} yes")
+        return self.queue(f"run job={job} level={level} {' '.join(words)} yes")
 
     def wait(self, job: int) -> Job:
         """Wait for the end of a job."""
@@ -96,12 +96,14 @@ class Director:
         job: str = "restore",
         files: Sequence[str] = (),
         options: Options | None = None,
+        plugin: str = "",
         words: str = "",
     ) -> int:
         """Start a restore; its number.
 
         ``jobs``: exactly these, or words that choose them (``current``). ``where`` None: as the job says.
-        ``files``: only these, each a path in the tree. ``options``: plugin options, by the number in their menu.
+        ``files``: only these, each a path in the tree. ``options``: plugin options, by the number in their menu; ``plugin``:
+        that of the plugin string, if there are several.
         """
         chosen = jobs if isinstance(jobs, str) else f"jobid={','.join(map(str, jobs))}"
         place = "" if where is None else f"where={where}"
@@ -115,11 +117,11 @@ class Director:
             lines += ["done"]
             lines += [] if options else ["yes"]
         if options:
-            lines += ["mod", _PLUGIN_OPTIONS]
+            lines += ["mod", _PLUGIN_OPTIONS, *([plugin] if plugin else [])]
             for number, value in options.items():
                 lines += ["mod", number, value]
             lines += ["yes", "yes"]
-        return self._queue(*lines)
+        return self.queue(*lines)
 
     def restore(
         self,
@@ -129,14 +131,14 @@ class Director:
         job: str = "restore",
         files: Sequence[str] = (),
         options: Options | None = None,
+        plugin: str = "",
         words: str = "",
     ) -> Job:
         """As ``start_restore``, to its end."""
-        return self.wait(
-            self.start_restore(
-                jobs, where=where, job=job, files=files, options=options, words=words
-            )
+        number = self.start_restore(
+            jobs, where=where, job=job, files=files, options=options, plugin=plugin, words=words
         )
+        return self.wait(number)
 
     def cancel(self, job: int) -> None:
         """Cancel a job; it may still run when this returns."""
@@ -190,7 +192,8 @@ class Director:
         """Let the catalogue forget a job: its volumes stay."""
         self.daemons.console(f"delete jobid={job} yes")
 
-    def _queue(self, *lines: str) -> int:
+    def queue(self, *lines: str) -> int:
+        """Give the console lines that queue a job; its number. Raises LabError if none was."""
         limit = time.monotonic() + _NOT_YET_S
         while True:
             said = self.daemons.console(*lines)

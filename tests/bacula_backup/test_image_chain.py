@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -73,15 +74,26 @@ async def test_what_a_part_says_of_itself(tmp_path: Path) -> None:
         f"@image/web/description.000001-{part.part}.json",
     ]
     assert list(full.objects) == [OBJECT + part.uuid]
-    assert (part.number, part.parent, part.chain, part.level) == (1, "", "Nightly", "F")
+    assert (part.number, part.parent, part.chain, part.level) == (1, "", part.part, "F")
     vm.write("disk-0", 0, b"y")
     second = (await vm.catalogue.run(INCREMENTAL)).description()
     assert (second.number, second.parent, second.parent_job) == (2, part.part, part.job)
+    assert second.chain == part.part
     assert [disk.base_root for disk in second.disks] == [disk.root for disk in part.disks]
     last = vm.catalogue.known(part.uuid).last
     assert last is not None
     assert (last.part, last.job_id, last.vm) == (second.part, second.job_id, "web")
     assert last.bytes_stored == sum(disk.bytes for disk in second.disks)
+
+
+async def test_a_state_that_was_lost_is_another_chain(tmp_path: Path) -> None:
+    """Its parts count from one again: a restore must not take an older one of a higher number for the newest."""
+    vm = small(tmp_path)
+    first = (await vm.catalogue.run(FULL)).description()
+    shutil.rmtree(vm.catalogue.config.state_dir)
+    again = (await vm.catalogue.run(FULL)).description()
+    assert (again.number, again.uuid) == (first.number, first.uuid)
+    assert again.chain != first.chain
 
 
 async def test_nothing_changed(tmp_path: Path) -> None:

@@ -154,7 +154,7 @@ async def test_whatever_becomes_of_it_the_snapshot_is_removed(
             raise AssertionError("it went on")
 
         monkeypatch.setattr(it.source, "abandon", abandon)
-        monkeypatch.setattr("replicator.cli.estimating._data_bytes", ask)
+        monkeypatch.setattr("replicator.cli.estimating.data_bytes", ask)
         with scope:
             if how == "fails":
                 with pytest.raises(SourceError, match="Prism is away"):
