@@ -112,10 +112,12 @@ async def test_a_chain_comes_back_to_files_and_onto_the_cluster(tmp_path: Path) 
         assert "Prism discovery: PC=" in jobs[0].log
         for point, parts in enumerate(PARTS):
             ids = [jobs[part].id for part in parts]
-            where = lab.folder / f"point-{point}"
-            done = await site.run(director.restore, ids, where=str(where))
-            assert done.ok, done.log
-            assert sums_of(where) == sums[point]
+            # To files each point comes back the same way for all sources (test_core.py): the last one is enough here.
+            if point == len(PARTS) - 1:
+                where = lab.folder / f"point-{point}"
+                done = await site.run(director.restore, ids, where=str(where))
+                assert done.ok, done.log
+                assert sums_of(where) == sums[point]
             name = f"back-{point}"
             done = await site.run(director.restore, ids, options={VM_NAME: name})
             assert done.ok, done.log

@@ -122,7 +122,8 @@ def test_skip_and_core(daemon: Daemon, interface: int) -> None:
 def test_a_file_that_is_refused_fails_the_job(daemon: Daemon, interface: int) -> None:
     script: Script = [["handshake"], ["restore", {"/r/a": "E"}]]
     done = daemon.run(interface, "restore", script, f"file={STRING}|/r/a|3|1|5|0+5")
-    assert done.named("create") == ["2 2"]
+    # Skipped: to an error the file daemon of 9.6 hangs up, and the Director waits a minute. The message fails the job.
+    assert done.named("create") == ["0 1"]
     assert done.messages == ["FATAL replicator: E"]
     assert "C RESULT f" in done.heard()
     assert "C FINISH" not in done.heard()
