@@ -58,10 +58,8 @@ class Chain:
     @property
     def job(self) -> str:
         """The job's name in the Director's configuration."""
-        last, failure = self.backups.last, self.backups.failure
-        if last is not None:
-            return last.chain
-        return failure.job[: -len(".0000-00-00_00.00.00_00")] if failure is not None else ""
+        ended = self.backups.last or self.backups.failure
+        return ended.job[: -len(".0000-00-00_00.00.00_00")] if ended is not None else ""
 
 
 def folders(state_dir: Path) -> list[Path]:

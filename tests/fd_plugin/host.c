@@ -849,6 +849,8 @@ int main(int argc, char **argv)
     if (option("table", NULL) != NULL)
         table_bytes = (uint32_t)atol(option("table", NULL));
     set_signals();
+    /* The daemon's connections are not closed on exec: the plugin has to see to that. */
+    CHECK(dup2(1, 50) == 50);
     int before = open_descriptors();
     void *library = load(argv[1], interface, table_bytes);
     CHECK(at != NULL);
