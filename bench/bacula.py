@@ -292,13 +292,13 @@ def _drop(lab: Lab, job: str) -> None:
         (lab.daemons.volumes / name).unlink()
 
 
-async def scale(folder: Path, shrink: int, pairs: int) -> list[Result]:
+async def scale(_folder: Path, shrink: int, pairs: int) -> list[Result]:
     """Two VMs of two disks of a simulated cluster in one Job: more and more of them at once."""
     size = 512 * MIB // shrink
     rows: dict[str, list[float]] = {}
     disks = {"one": [size] * 2, "two": [size] * 2}
-    async with simulated(folder / "cluster", disks) as cluster:
-        with _lab() as lab:
+    with _lab() as lab:
+        async with simulated(lab.folder.parent / "cluster", disks) as cluster:
             passfile = lab.folder / "passfile"
             passfile.touch(mode=0o600)
             passfile.write_text(f"password = {PASSWORD}\n")

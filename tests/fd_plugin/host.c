@@ -824,6 +824,7 @@ static void fuzz(long first, long count)
         int before = open_descriptors();
         run_job(&work);
         CHECK(open_descriptors() == before);
+    close(50);
     }
     quiet = NULL;
     say(NULL, "fuzzed %ld", count);
@@ -877,5 +878,6 @@ int main(int argc, char **argv)
     CHECK(((int (*)(void))dlsym(library, "unloadPlugin"))() == 0);
     dlclose(library);
     CHECK(open_descriptors() == before);
+    close(50);
     return 0;
 }
