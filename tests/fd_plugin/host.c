@@ -824,7 +824,6 @@ static void fuzz(long first, long count)
         int before = open_descriptors();
         run_job(&work);
         CHECK(open_descriptors() == before);
-    close(50);
     }
     quiet = NULL;
     say(NULL, "fuzzed %ld", count);
