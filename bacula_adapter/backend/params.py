@@ -28,6 +28,7 @@ _INLINE: Final = ("password", "dr_auth_token")
 _RESERVED: Final = frozenset({"Accurate", "abort_on_error", "listing", "query", "config"})
 _CONFIG_NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@-]{0,100}")
 _STRING: Final = "PluginString="
+_QUERY: Final = "query="
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +107,8 @@ def _from_lines(lines: Iterable[str], *, extended: bool) -> dict[str, str]:
         return dict(_pair(line) for line in lines)
     given: dict[str, str] = {}
     for line in lines:
+        if line.startswith(_QUERY):
+            given["query"] = line[len(_QUERY) :]
         if not line.startswith(_STRING):
             continue
         for word in split_string(line[len(_STRING) :]):

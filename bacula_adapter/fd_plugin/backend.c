@@ -2,11 +2,8 @@
 #include "backend.h"
 
 #include <errno.h>
-#include <fcntl.h>
 #include <poll.h>
-#include <sched.h>
 #include <signal.h>
-#include <spawn.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -16,186 +13,34 @@
 #include <time.h>
 #include <unistd.h>
 
-#define PIPE_BYTES (1 << 20)
 /* A cancellation is noticed at the latest after this time, also if its signal came between a look and a wait. */
 #define LOOK_MS 500
 #define NATURAL_END_MS 2000
 #define FAREWELL_MS 30000
 #define ABANDON_MS 10000
-#define TERM_MS 5000
-#define KILL_MS 10000
+#define LAST_WORDS_MS 5000
 #define CANCELLED_SILENCE_MS 60000
 #define MESSAGES_MAX 2000U
 #define ERROR_LINES_MAX 50U
 
-extern char **environ;
-
-int64_t now_ms(void)
-{
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (int64_t)now.tv_sec * 1000 + now.tv_nsec / 1000000;
-}
-
-static void close_one(int *fd)
-{
-    if (*fd >= 0)
-        close(*fd);
-    *fd = -1;
-}
-
-/* ---- The process ---- */
-
-static pid_t child_of(const struct backend *backend)
-{
-    pid_t pid = atomic_load(&backend->pid);
-    return pid < 0 ? -pid : pid;
-}
-
-bool backend_running(const struct backend *backend)
-{
-    return child_of(backend) != 0;
-}
-
-void backend_cancel(struct backend *backend)
-{
-    pid_t pid = atomic_load(&backend->pid);
-    /* Marked while it is signalled, so that its number cannot be given to another process in between. */
-    if (pid > 0 && atomic_compare_exchange_strong(&backend->pid, &pid, -pid)) {
-        kill(pid, SIGUSR1);
-        atomic_store(&backend->pid, pid);
-    }
-}
-
-/* No other thread signals the child from here on. */
-static void retire(struct backend *backend, pid_t pid)
-{
-    for (pid_t expected = pid; !atomic_compare_exchange_weak(&backend->pid, &expected, 0); expected = pid)
-        sched_yield();
-}
-
-/* Waits for the child's end. False if it still runs. `status` is -1 if somebody else has taken it. */
-static bool reap(struct backend *backend, int64_t limit_ms, int *status)
-{
-    pid_t pid = child_of(backend);
-    int64_t end = now_ms() + limit_ms;
-    *status = -1;
-    for (;;) {
-        siginfo_t info = {0};
-        int found = waitid(P_PID, (id_t)pid, &info, WEXITED | WNOHANG | WNOWAIT);
-        if ((found == 0 && info.si_pid == pid) || (found < 0 && errno == ECHILD)) {
-            retire(backend, pid);
-            /* What it has started goes with it: it leads a process group, whose number is safe until it is waited for. */
-            if (found == 0)
-                kill(-pid, SIGKILL);
-            while (waitpid(pid, status, 0) < 0 && errno == EINTR) {
-            }
-            return true;
-        }
-        if (now_ms() >= end)
-            return false;
-        nanosleep(&(struct timespec){.tv_nsec = 5000000}, NULL);
-    }
-}
-
-/* The child is given time to end, then it is made to. */
-static int end_process(struct backend *backend, int64_t natural_ms)
-{
-    int status = -1;
-    pid_t pid = child_of(backend);
-    if (pid == 0 || reap(backend, natural_ms, &status))
-        return status;
-    kill(pid, SIGTERM);
-    if (reap(backend, TERM_MS, &status))
-        return status;
-    kill(pid, SIGKILL);
-    if (!reap(backend, KILL_MS, &status))
-        retire(backend, pid);
-    return status;
-}
-
-static bool make_pipe(int ends[2])
-{
-    if (pipe2(ends, O_CLOEXEC) != 0)
-        return false;
-    fcntl(ends[0], F_SETPIPE_SZ, PIPE_BYTES); /* where the system allows it */
-    return true;
-}
-
-static int spawn(const char *program, int in, int out, int errors, pid_t *pid)
-{
-    posix_spawn_file_actions_t actions;
-    posix_spawnattr_t attributes;
-    sigset_t all, none;
-    sigfillset(&all);
-    sigemptyset(&none);
-    int failed = posix_spawn_file_actions_init(&actions);
-    if (failed)
-        return failed;
-    failed = posix_spawnattr_init(&attributes);
-    if (failed) {
-        posix_spawn_file_actions_destroy(&actions);
-        return failed;
-    }
-    char *arguments[] = {(char *)(uintptr_t)program, NULL};
-    /* The daemon's descriptors are its own: a copy of a connection would keep it open. */
-    if (!(failed = posix_spawn_file_actions_adddup2(&actions, in, 0)) &&
-        !(failed = posix_spawn_file_actions_adddup2(&actions, out, 1)) &&
-        !(failed = posix_spawn_file_actions_adddup2(&actions, errors, 2)) &&
-        !(failed = posix_spawn_file_actions_addclosefrom_np(&actions, 3)) &&
-        !(failed = posix_spawnattr_setsigdefault(&attributes, &all)) &&
-        !(failed = posix_spawnattr_setsigmask(&attributes, &none)) &&
-        !(failed = posix_spawnattr_setpgroup(&attributes, 0)) &&
-        !(failed = posix_spawnattr_setflags(
-              &attributes, POSIX_SPAWN_SETSIGDEF | POSIX_SPAWN_SETSIGMASK | POSIX_SPAWN_SETPGROUP)))
-        failed = posix_spawn(pid, program, &actions, &attributes, arguments, environ);
-    posix_spawnattr_destroy(&attributes);
-    posix_spawn_file_actions_destroy(&actions);
-    return failed;
-}
-
-/* The daemon may have closed 0, 1 or 2, and dup2 of a descriptor onto itself would leave it to be closed on exec. */
-static bool out_of_the_way(int *fd)
-{
-    if (*fd > 2)
-        return true;
-    int moved = fcntl(*fd, F_DUPFD_CLOEXEC, 3);
-    if (moved < 0)
-        return false;
-    close(*fd);
-    *fd = moved;
-    return true;
-}
-
 bool backend_start(struct backend *backend, const char *program, int *why)
 {
-    int pipes[3][2] = {{-1, -1}, {-1, -1}, {-1, -1}};
-    pid_t pid = 0;
-    bool ready = true;
-    for (size_t i = 0; ready && i < 3; i++)
-        ready = make_pipe(pipes[i]) && out_of_the_way(&pipes[i][0]) && out_of_the_way(&pipes[i][1]);
-    /* Only our ends: each end of a pipe has flags of its own. */
-    ready = ready && fcntl(pipes[0][1], F_SETFL, O_WRONLY | O_NONBLOCK) == 0 &&
-            fcntl(pipes[1][0], F_SETFL, O_RDONLY | O_NONBLOCK) == 0 &&
-            fcntl(pipes[2][0], F_SETFL, O_RDONLY | O_NONBLOCK) == 0;
-    *why = ready ? spawn(program, pipes[0][0], pipes[1][1], pipes[2][1], &pid) : errno;
-    close_one(&pipes[0][0]);
-    close_one(&pipes[1][1]);
-    close_one(&pipes[2][1]);
-    if (*why != 0) {
-        close_one(&pipes[0][1]);
-        close_one(&pipes[1][0]);
-        close_one(&pipes[2][0]);
+    if (!process_start(&backend->process, program, why))
         return false;
-    }
-    backend->to = pipes[0][1];
-    backend->from = pipes[1][0];
-    backend->errors = pipes[2][0];
-    atomic_store(&backend->pid, pid);
     /* A cancellation that came before there was somebody to tell. */
     if (atomic_load(backend->cancelled))
         backend_cancel(backend);
     return true;
+}
+
+bool backend_lives(const struct backend *backend)
+{
+    return backend->process.from >= 0;
+}
+
+void backend_cancel(struct backend *backend)
+{
+    process_signal(&backend->process, SIGUSR1);
 }
 
 /* ---- Its standard error ---- */
@@ -215,14 +60,14 @@ static void hear_errors(struct backend *backend)
 {
     unsigned char bytes[1024];
     /* At most what a pipe holds: a flood does not keep us here. */
-    for (int i = 0; backend->errors >= 0 && i < PIPE_BYTES / (int)sizeof bytes; i++) {
-        ssize_t got = read(backend->errors, bytes, sizeof bytes);
+    for (int i = 0; backend->process.errors >= 0 && i < PIPE_BYTES / (int)sizeof bytes; i++) {
+        ssize_t got = read(backend->process.errors, bytes, sizeof bytes);
         if (got < 0 && errno == EINTR)
             continue;
         if (got < 0 && errno == EAGAIN)
             return;
         if (got <= 0) {
-            close_one(&backend->errors);
+            close_one(&backend->process.errors);
             return;
         }
         for (ssize_t k = 0; k < got; k++) {
@@ -240,9 +85,9 @@ static void close_pipes(struct backend *backend)
 {
     hear_errors(backend);
     say_error_line(backend);
-    close_one(&backend->to);
-    close_one(&backend->from);
-    close_one(&backend->errors);
+    close_one(&backend->process.to);
+    close_one(&backend->process.from);
+    close_one(&backend->process.errors);
 }
 
 static void describe_end(char *text, size_t size, int status)
@@ -258,8 +103,8 @@ static void describe_end(char *text, size_t size, int status)
 static enum outcome ended_unasked(struct backend *backend)
 {
     char how[32], text[128];
-    close_one(&backend->to);
-    int status = end_process(backend, NATURAL_END_MS);
+    close_one(&backend->process.to);
+    int status = process_end(&backend->process, NATURAL_END_MS);
     close_pipes(backend);
     describe_end(how, sizeof how, status);
     snprintf(text, sizeof text, "replicator-backend ended in the middle of the job%s", how);
@@ -274,8 +119,8 @@ enum outcome backend_break(struct backend *backend, const char *format, ...)
     va_start(values, format);
     vsnprintf(text, sizeof text, format, values);
     va_end(values);
-    close_one(&backend->to);
-    end_process(backend, 0);
+    close_one(&backend->process.to);
+    process_end(&backend->process, 0);
     close_pipes(backend);
     backend->say(backend->listener, backend->breakdown, text);
     return BROKEN;
@@ -284,12 +129,12 @@ enum outcome backend_break(struct backend *backend, const char *format, ...)
 void backend_farewell(struct backend *backend)
 {
     char how[32], text[128];
-    close_one(&backend->to);
-    close_one(&backend->from);
+    close_one(&backend->process.to);
+    close_one(&backend->process.from);
     int status = -1;
-    bool by_itself = reap(backend, FAREWELL_MS, &status);
+    bool by_itself = process_reap(&backend->process, FAREWELL_MS, &status);
     if (!by_itself)
-        status = end_process(backend, 0);
+        status = process_end(&backend->process, 0);
     close_pipes(backend);
     describe_end(how, sizeof how, status);
     if (by_itself && how[0] == '\0')
@@ -300,10 +145,10 @@ void backend_farewell(struct backend *backend)
 
 void backend_abandon(struct backend *backend)
 {
-    if (!backend_running(backend))
+    if (!process_running(&backend->process))
         return;
     close_pipes(backend);
-    end_process(backend, ABANDON_MS);
+    process_end(&backend->process, ABANDON_MS);
 }
 
 /* ---- Waiting ---- */
@@ -342,7 +187,7 @@ static enum outcome wait_for(struct backend *backend, int fd, short events, int6
         int64_t left = patience_left(backend, since);
         if (left < 0)
             return out_of_patience(backend);
-        struct pollfd polled[2] = {{.fd = fd, .events = events}, {.fd = backend->errors, .events = POLLIN}};
+        struct pollfd polled[2] = {{.fd = fd, .events = events}, {.fd = backend->process.errors, .events = POLLIN}};
         int ready = poll(polled, 2, (int)(left < LOOK_MS ? left : LOOK_MS));
         if (ready < 0 && errno != EINTR)
             return backend_break(backend, "poll of replicator-backend's pipes: errno %d", errno);
@@ -379,11 +224,11 @@ static enum outcome last_words(struct backend *backend)
 {
     enum outcome outcome;
     char status;
-    close_one(&backend->to);
+    close_one(&backend->process.to);
     backend->heeds_cancel = false;
     backend->silence_allowed = false;
     backend->silence_ms = NATURAL_END_MS;
-    backend->end_ms = now_ms() + TERM_MS;
+    backend->end_ms = now_ms() + LAST_WORDS_MS;
     do
         outcome = backend_next(backend, &status);
     while (outcome == DONE || outcome == REFUSED);
@@ -394,17 +239,17 @@ static enum outcome write_all(struct backend *backend, const unsigned char *byte
 {
     int64_t since = now_ms();
     while (length > 0) {
-        if (backend->to < 0)
+        if (backend->process.to < 0)
             return BROKEN;
         if (gives_up(backend))
             return CANCELLED;
-        ssize_t done = write_quietly(backend->to, bytes, length);
+        ssize_t done = write_quietly(backend->process.to, bytes, length);
         if (done > 0) {
             bytes += done;
             length -= (size_t)done;
             since = now_ms();
         } else if (done < 0 && errno == EAGAIN) {
-            enum outcome outcome = wait_for(backend, backend->to, POLLOUT, since);
+            enum outcome outcome = wait_for(backend, backend->process.to, POLLOUT, since);
             if (outcome == SILENT)
                 return backend_break(backend, "replicator-backend does not read");
             if (outcome != DONE)
@@ -478,12 +323,12 @@ static enum outcome read_some(struct backend *backend, void *to, size_t length, 
 {
     int64_t since = 0;
     for (;;) {
-        if (backend->from < 0)
+        if (backend->process.from < 0)
             return BROKEN;
         if (gives_up(backend))
             return CANCELLED;
         struct iovec parts[2] = {{to, length}, {backend->ahead, sizeof backend->ahead}};
-        ssize_t done = readv(backend->from, parts, read_ahead ? 2 : 1);
+        ssize_t done = readv(backend->process.from, parts, read_ahead ? 2 : 1);
         if (done > 0) {
             *got = (size_t)done < length ? (size_t)done : length;
             backend->start = 0;
@@ -494,7 +339,7 @@ static enum outcome read_some(struct backend *backend, void *to, size_t length, 
             return ended_unasked(backend);
         if (errno == EAGAIN) {
             since = since != 0 ? since : now_ms();
-            enum outcome outcome = wait_for(backend, backend->from, POLLIN, since);
+            enum outcome outcome = wait_for(backend, backend->process.from, POLLIN, since);
             if (outcome != DONE)
                 return outcome;
         } else if (errno != EINTR) {
@@ -507,7 +352,7 @@ static enum outcome read_some(struct backend *backend, void *to, size_t length, 
 static enum outcome read_header(struct backend *backend, unsigned char header[HEADER_BYTES])
 {
     while (backend->end - backend->start < HEADER_BYTES) {
-        if (backend->from < 0)
+        if (backend->process.from < 0)
             return BROKEN;
         size_t have = backend->end - backend->start;
         unsigned char more[sizeof backend->ahead - HEADER_BYTES];

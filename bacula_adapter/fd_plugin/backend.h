@@ -1,17 +1,17 @@
 /* SPDX-License-Identifier: AGPL-3.0-or-later */
-/* A backend process and the pipes to it: started, spoken to with deadlines, ended. Knows packets, and nothing of Bacula.
+/* A backend: started, spoken to with deadlines, ended. Knows packets, and nothing of Bacula.
  *
  * One thread speaks with a backend; backend_cancel alone may be called by any thread at any time. */
 #ifndef REPLICATOR_BACKEND_H
 #define REPLICATOR_BACKEND_H
 
 #include "packet.h"
+#include "process.h"
 
 #include <stdatomic.h>
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
-#include <sys/types.h>
 
 enum severity { SAY_FATAL, SAY_ERROR, SAY_WARNING, SAY_INFO };
 
@@ -29,9 +29,7 @@ struct backend {
     say_t *say;
     void *listener;
     const atomic_bool *cancelled;
-    /* Of the child that has not been waited for; negative while another thread signals it, 0 if there is none. */
-    _Atomic pid_t pid;
-    int to, from, errors; /* pipes, -1 when closed */
+    struct process process;
     int64_t silence_ms;   /* longest wait for a byte */
     int64_t end_ms;       /* when every wait ends, 0 for never */
     bool heeds_cancel;    /* whether waits end when the job is cancelled */
@@ -48,7 +46,8 @@ struct backend {
 
 /* Starts `program`. False if that failed: *why is an errno. */
 bool backend_start(struct backend *backend, const char *program, int *why);
-bool backend_running(const struct backend *backend);
+/* Whether it can be spoken to. */
+bool backend_lives(const struct backend *backend);
 /* Tells the process that the job is cancelled (SIGUSR1). */
 void backend_cancel(struct backend *backend);
 
@@ -75,7 +74,5 @@ enum outcome backend_break(struct backend *backend, const char *format, ...) __a
 void backend_farewell(struct backend *backend);
 /* Ends what is left without a word: the backend sees the end of its input, gets some time, then it is ended. */
 void backend_abandon(struct backend *backend);
-
-int64_t now_ms(void);
 
 #endif

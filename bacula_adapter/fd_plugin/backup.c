@@ -5,6 +5,7 @@
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
 /* Commands between FNAME and the end of a file's attributes. */
 #define ATTRIBUTES_MAX 16
@@ -156,6 +157,8 @@ static void fill_stat(struct stat *stat, const struct item *item)
     stat->st_atim.tv_sec = facts->atime;
     stat->st_mtim.tv_sec = facts->mtime;
     stat->st_ctim.tv_sec = facts->ctime;
+    if (object)
+        stat->st_atim.tv_sec = stat->st_mtim.tv_sec = stat->st_ctim.tv_sec = time(NULL);
 }
 
 static int32_t type_of(const struct item *item)

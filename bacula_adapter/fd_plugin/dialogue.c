@@ -21,7 +21,7 @@
 
 bool line_lives(const struct line *line)
 {
-    return line->backend.from >= 0;
+    return backend_lives(&line->backend);
 }
 
 static void hear(void *listener, enum severity severity, const char *text)
@@ -246,7 +246,7 @@ static struct line *line_make(struct job *job, enum purpose purpose, const char 
     line->backend.say = hear;
     line->backend.listener = line;
     line->backend.cancelled = &job->cancelled;
-    line->backend.to = line->backend.from = line->backend.errors = -1;
+    line->backend.process.to = line->backend.process.from = line->backend.process.errors = -1;
     line->backend.silence_ms = line->timeout_ms;
     line->backend.heeds_cancel = true;
     line->backend.refusal = line->backend.breakdown = SAY_FATAL;

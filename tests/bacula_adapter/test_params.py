@@ -166,6 +166,7 @@ def test_a_stock_plugin_says_word_by_word() -> None:
     with pytest.raises(UsageError, match="unknown key accurat"):
         load_params(["accurat=1"], extended=False)
     assert load_params(["PluginFoo=1", "PluginString=vm=web"], extended=True).config.vm == "web"
+    assert load_params(["PluginString=vm=web", "query=vm"], extended=True).query == "vm"
 
 
 def test_options_of_a_restore() -> None:

@@ -73,6 +73,7 @@ class Outcome:
     told: list[list[list[Any]]] = field(default_factory=list)
     data: list[bytes] = field(default_factory=list)
     out: Path = Path()
+    pids: list[int] = field(default_factory=list)
 
     def named(self, word: str, number: int = 0) -> list[str]:
         """What the daemon printed under a word."""
@@ -155,9 +156,9 @@ class Daemon:
             [json.loads(line) for line in path.read_text("utf-8").splitlines()] for path in told
         ]
         data = [self.folder / path.name.replace("told", "data") for path in told]
-        return Outcome(
-            lines, entries, [path.read_bytes() if path.exists() else b"" for path in data], out
-        )
+        contents = [path.read_bytes() if path.exists() else b"" for path in data]
+        pids = [int(path.name.removeprefix("told-")) for path in told]
+        return Outcome(lines, entries, contents, out, pids)
 
 
 def pattern(length: int, packet: int = 300_000) -> bytes:

@@ -521,6 +521,8 @@ static void run_backup(struct run *run)
 {
     begin_job(run);
     send_event(run, 3, NULL);
+    /* A file that is not a plugin's is handled by the daemon itself. */
+    CHECK(send_event(run, 24, NULL) == 6);
     for (int i = 0; option_nth("string", i) != NULL && !stopped(run); i++) {
         int code = send_text(run, 9, option_nth("string", i));
         say(run, "command %d", code);

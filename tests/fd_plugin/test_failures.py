@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -193,6 +194,8 @@ def test_a_backend_that_will_not_end_is_killed(daemon: Daemon) -> None:
     script: Script = [["handshake", "TIMEOUT:1"], *named_file(DISK, 9), ["deaf"]]
     done = daemon.run(14, "backup", script)
     check_failed(done, "replicator-backend was not heard of for 1 s")
+    (pid,) = done.pids
+    assert not Path(f"/proc/{pid}").exists()
 
 
 def test_a_backend_that_stays_after_its_job_is_ended(daemon: Daemon, interface: int) -> None:
