@@ -14,6 +14,7 @@ from enum import StrEnum
 from typing import Protocol
 
 from replicator.config import Config
+from replicator.domain.backup import director_name
 
 #: Bacula's status of a job that ended well.
 TERMINATED_OK = "T"
@@ -62,7 +63,7 @@ class JobInfo:
     @property
     def job(self) -> str:
         """The job's name in the Director's configuration: ``name`` without the time that makes it unique."""
-        return self.name[: -len(".0000-00-00_00.00.00_00")] or self.name
+        return director_name(self.name)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -330,13 +330,6 @@ static enum outcome fill_buffer(struct line *line, char *buffer, size_t room, si
     return DONE;
 }
 
-static int io_failed(struct io_packet *io, int error)
-{
-    io->status = -1;
-    io->error = error;
-    return RC_ERROR;
-}
-
 static int backup_open(struct line *line, struct io_packet *io)
 {
     if (line->file != FILE_BEGUN) {

@@ -19,6 +19,13 @@
 #define AFTER_REFUSAL_MS 15000
 #define SETTLING_MS 1000
 
+int io_failed(struct io_packet *io, int error)
+{
+    io->status = -1;
+    io->error = error;
+    return RC_ERROR;
+}
+
 bool line_lives(const struct line *line)
 {
     return backend_lives(&line->backend);

@@ -107,6 +107,8 @@ const char *job_text(struct job *job, int variable);
 const char *backend_program(void);
 
 /* dialogue.c */
+/* Tells the daemon that an operation failed; RC_ERROR. */
+int io_failed(struct io_packet *io, int error);
 /* Starts a backend for the plugin string and tells it about the job. NULL if that failed, which has been said. */
 struct line *line_open(struct job *job, enum purpose purpose, const char *plugin_string, const char *query);
 struct line *line_find(struct job *job, const char *plugin_string);

@@ -282,13 +282,6 @@ static enum outcome put_data(struct line *line, const char *data, size_t length)
     return DONE;
 }
 
-static int io_failed(struct io_packet *io, int error)
-{
-    io->status = -1;
-    io->error = error;
-    return RC_ERROR;
-}
-
 static int restore_open(struct line *line, struct io_packet *io)
 {
     if (line->file != FILE_BEGUN) {

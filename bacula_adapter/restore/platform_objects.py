@@ -32,6 +32,7 @@ from replicator.sources.nutanix import names
 from replicator.sources.nutanix.ledger import Entry, Ledger
 from replicator.sources.nutanix.names import ObjectName
 from replicator.sources.nutanix.plan import UNCERTAIN_AGE_US
+from replicator.sources.nutanix.removal import made_as
 
 _logger = logging.getLogger(__name__)
 
@@ -199,9 +200,7 @@ class RestoreObjects:
         else:
             if found is None:
                 found = await self.find_ours()
-            uuids = [
-                each.uuid for each in found if (each.kind, each.name) == (entry.kind, entry.name)
-            ]
+            uuids = made_as(entry, found)
         for uuid in uuids:
             if entry.kind is Kind.VM:
                 await self._prism.delete_vm(uuid)

@@ -13,8 +13,15 @@ import msgspec
 
 #: Bacula's levels, as metrics and lists call them.
 LEVELS: Final = {"F": "full", "D": "differential", "I": "incremental"}
+#: What Bacula adds to a job's name to make it unique: a time and a number.
+_UNIQUE: Final = len(".0000-00-00_00.00.00_00")
 #: Parts that one restore may have to put on top of each other; then a full one begins anew.
 PARTS_MAX: Final = 1000
+
+
+def director_name(job: str) -> str:
+    """The name that a job has in the Director's configuration, of its unique one."""
+    return job[:-_UNIQUE] or job
 
 
 class BackupDisk(msgspec.Struct, frozen=True, array_like=True):
@@ -170,4 +177,5 @@ __all__ = [
     "Backups",
     "LevelSum",
     "PartName",
+    "director_name",
 ]

@@ -14,7 +14,7 @@ from typing import Any, Final
 import msgspec
 from eventsourcing.persistence import PersistenceError
 
-from replicator.domain.backup import Backups
+from replicator.domain.backup import Backups, director_name
 from replicator.domain.vm import ProtectedVm
 from replicator.errors import ReplicatorError
 from replicator.log import states
@@ -59,7 +59,7 @@ class Chain:
     def job(self) -> str:
         """The job's name in the Director's configuration."""
         ended = self.backups.last or self.backups.failure
-        return ended.job[: -len(".0000-00-00_00.00.00_00")] if ended is not None else ""
+        return director_name(ended.job) if ended is not None else ""
 
 
 def folders(state_dir: Path) -> list[Path]:

@@ -3,14 +3,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Final
 
-from replicator.hardware import Hardware
-from replicator.prism.types import NewVm
+from replicator.hardware import DiskSlot, Hardware
+from replicator.prism.types import NewVm, Vm
 
 #: Places on the buses that a CD-ROM drive can be on.
 _PLACES: Final = {"IDE": 4, "SATA": 6}
 Q35: Final = "Q35"
+
+
+def disk_slots(vm: Vm, container_name: Callable[[str], str]) -> tuple[DiskSlot, ...]:
+    """Where the VM's own disks sit; those of volume groups are left out. ``container_name``: of a container's id, "" for none."""
+    return tuple(
+        DiskSlot(
+            identity=disk.identity,
+            bus=disk.bus.lower(),
+            index=disk.index,
+            size=disk.size,
+            container=disk.container or "",
+            container_name=container_name(disk.container or ""),
+        )
+        for disk in vm.disks
+        if disk.volume_group is None
+    )
 
 
 def machine_of(hardware: Hardware) -> str:
@@ -33,4 +50,4 @@ def drive_places(new: NewVm) -> list[tuple[str, int]]:
     return free[: new.hardware.cdroms]
 
 
-__all__ = ["Q35", "drive_places", "machine_of"]
+__all__ = ["Q35", "disk_slots", "drive_places", "machine_of"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from replicator.hardware import DiskSlot, Firmware, Hardware, Nic
 from replicator.prism.answers import Node
+from replicator.prism.devices import disk_slots
 from replicator.prism.types import Vm
 from replicator.prism.v3_read import reference_uuid
 
@@ -54,18 +55,7 @@ def _slots(vm: Vm, resources: Node) -> tuple[DiskSlot, ...]:
         if storage is not None:
             container = reference_uuid(storage, "storage_container_reference")
             names[container] = _name(storage, "storage_container_reference")
-    return tuple(
-        DiskSlot(
-            identity=disk.identity,
-            bus=disk.bus.lower(),
-            index=disk.index,
-            size=disk.size,
-            container=disk.container or "",
-            container_name=names.get(disk.container or "", ""),
-        )
-        for disk in vm.disks
-        if disk.volume_group is None
-    )
+    return disk_slots(vm, lambda container: names.get(container, ""))
 
 
 def _name(node: Node, reference: str) -> str:

@@ -7,8 +7,9 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Final
 
-from replicator.hardware import DiskSlot, Firmware, Hardware, Nic
+from replicator.hardware import Firmware, Hardware, Nic
 from replicator.prism.answers import Node
+from replicator.prism.devices import disk_slots
 from replicator.prism.errors import PrismNotFoundError, PrismPermissionError
 from replicator.prism.types import Container, Subnet, Vm
 from replicator.prism.v4_calls import V4Calls
@@ -41,18 +42,7 @@ def read_hardware(vm: Vm, where: str, *, cluster: Name, subnet: Name, container:
         timezone=node.text("hardwareClockTimezone", ""),
         cdroms=len(node.nodes("cdRoms")),
         nics=tuple(_nic(item, subnet) for item in node.nodes("nics")),
-        disks=tuple(
-            DiskSlot(
-                identity=disk.identity,
-                bus=disk.bus.lower(),
-                index=disk.index,
-                size=disk.size,
-                container=disk.container or "",
-                container_name=container(disk.container or ""),
-            )
-            for disk in vm.disks
-            if disk.volume_group is None
-        ),
+        disks=disk_slots(vm, container),
     )
 
 

@@ -82,7 +82,7 @@ class Daemons:
     @property
     def database(self) -> Path:
         """The catalogue."""
-        return self.folder / "work" / "dir" / "bacula.db"
+        return self.folder / "run" / "dir" / "bacula.db"
 
     def port(self, name: str) -> int:
         """The port of a daemon."""
@@ -100,10 +100,10 @@ class Daemons:
 
     def prepare(self) -> None:
         """Write what is missing; configurations are written anew. What is in the catalogue stays."""
-        for part in ("etc/jobs.d", "work/dir", "work/sd", "volumes", "log", "restored", "plugins"):
+        for part in ("etc/jobs.d", "run/dir", "run/sd", "volumes", "log", "restored", "plugins"):
             (self.folder / part).mkdir(parents=True, exist_ok=True)
         for client in self.clients:
-            (self.folder / "work" / client.name).mkdir(exist_ok=True)
+            (self.folder / "run" / client.name).mkdir(exist_ok=True)
         self.folder.chmod(0o700)
         facts = self.folder / "etc" / "lab.json"
         if facts.exists():
@@ -163,8 +163,8 @@ Director {{
   DirAddress = {self.address}
   DirPort = {DIRECTOR_PORT}
   QueryFile = "/dev/null"
-  WorkingDirectory = "{folder}/work/dir"
-  PidDirectory = "{folder}/work/dir"
+  WorkingDirectory = "{folder}/run/dir"
+  PidDirectory = "{folder}/run/dir"
   Maximum Concurrent Jobs = {JOBS_AT_ONCE}
   Password = "{password}"
   Messages = Daemon
@@ -275,8 +275,8 @@ Storage {{
   Name = lab-sd
   SDAddress = {self.address}
   SDPort = {STORAGE_PORT}
-  WorkingDirectory = "{self.folder}/work/sd"
-  PidDirectory = "{self.folder}/work/sd"
+  WorkingDirectory = "{self.folder}/run/sd"
+  PidDirectory = "{self.folder}/run/sd"
   Maximum Concurrent Jobs = {JOBS_AT_ONCE * 2}
 }}
 Director {{
@@ -291,7 +291,7 @@ Messages {{
 """
 
     def _client(self, client: Client) -> str:
-        work = self.folder / "work" / client.name
+        work = self.folder / "run" / client.name
         lines = "\n  ".join(client.lines)
         return f"""
 FileDaemon {{
@@ -363,7 +363,7 @@ Director {{
                 start_new_session=True,
             )
         self._children[name] = process
-        (self.folder / "work" / f"{name}.pid").write_text(f"{process.pid}\n")
+        (self.folder / "run" / f"{name}.pid").write_text(f"{process.pid}\n")
         # Never by connecting: each attempt leaves a "Security Alert" in the messages of the next job.
         limit = time.monotonic() + START_S
         while not _listens(self.address, self.port(name)):
@@ -375,7 +375,7 @@ Director {{
     def pid(self, name: str) -> int:
         """The pid of a running daemon of this folder; 0 if it does not run."""
         try:
-            pid = int((self.folder / "work" / f"{name}.pid").read_text())
+            pid = int((self.folder / "run" / f"{name}.pid").read_text())
             words = Path(f"/proc/{pid}/cmdline").read_bytes()
         except (OSError, ValueError):
             return 0
@@ -409,7 +409,7 @@ Director {{
         child = self._children.pop(name, None)
         if child is not None:
             child.wait()
-        (self.folder / "work" / f"{name}.pid").unlink(missing_ok=True)
+        (self.folder / "run" / f"{name}.pid").unlink(missing_ok=True)
 
     # Talking
 

@@ -213,7 +213,7 @@ def test_a_relative_name_is_never_opened(asked: Asked) -> None:
     # Pitfall 16: where=/ gives the bare name `@image/…`. It means "to the platform", which images in files have not.
     job = asked.lab.director.restore([asked.full.id], where="/", files=["@image/db"])
     assert job.status == "f", job.log
-    assert not (asked.lab.folder / "work" / "lab-fd" / "@image").exists()
+    assert not (asked.lab.folder / "run" / "lab-fd" / "@image").exists()
 
 
 def test_a_bootstrap_file_alone_is_enough(asked: Asked) -> None:

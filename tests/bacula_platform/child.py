@@ -3,15 +3,9 @@
 
 from __future__ import annotations
 
-import json
-import os
-import sys
-import traceback
 from pathlib import Path
-from typing import Any
 
 import msgspec
-import trio
 
 from bacula_adapter.backend.interface import JobInfo, JobKind
 from bacula_adapter.restore.platform import open_platform_target
@@ -22,6 +16,7 @@ from replicator.log import open_log
 from replicator.prism import v3, v4  # noqa: F401 - so that they are loaded
 from replicator.prism.settings import Account, PrismSettings
 from tests.bacula_platform.lab import make_vm
+from tests.forking import serve
 from tests.sources.simulated import WAITS
 
 #: In the folder: the restore that Bacula has called good.
@@ -64,28 +59,5 @@ async def run(job: Job) -> None:
             await target.keep()
 
 
-def main() -> None:
-    for line in sys.stdin:
-        job: Any = msgspec.json.decode(line, type=Job)
-        pid = os.fork()
-        if pid == 0:
-            code = 1
-            try:
-                trio.run(run, job)
-                code = 0
-            except BaseException:  # noqa: BLE001 - told, and then it is over with this process
-                traceback.print_exc()
-            finally:
-                os._exit(code)
-        _answer({"pid": pid})
-        _, status = os.waitpid(pid, 0)
-        _answer({"code": os.waitstatus_to_exitcode(status)})
-
-
-def _answer(what: dict[str, int]) -> None:
-    sys.stdout.write(json.dumps(what) + "\n")
-    sys.stdout.flush()
-
-
 if __name__ == "__main__":
-    main()
+    serve(Job, run)

@@ -5,38 +5,19 @@ no VM that was its operator's already.
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-import trio
 
 from replicator.log import open_log
-from replicator.simulator.running import Simulator
 from replicator.sources.nutanix.ledger import Entry, read_entries
 from tests.bacula_platform.child import VERDICT, Job
 from tests.bacula_platform.lab import contents, disks_of, platform_lab
-from tests.nutanix.test_kill_simulator import Children
+from tests.nutanix.test_kill_simulator import children
 from tests.sources.simulated import Api
 
-
-@asynccontextmanager
-async def children(simulator: Simulator) -> AsyncGenerator[Children, None]:
-    process = await trio.lowlevel.open_process(
-        [sys.executable, "-m", "tests.bacula_platform.child"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-    )
-    try:
-        yield Children(simulator, process)
-    finally:
-        with trio.CancelScope(shield=True):
-            process.kill()
-            await process.wait()
+CHILD = "tests.bacula_platform.child"
 
 
 async def _entries(folder: Path) -> list[Entry]:
@@ -50,7 +31,7 @@ async def _entries(folder: Path) -> list[Entry]:
 async def test_killed_after_every_request(api: Api, tmp_path: Path) -> None:
     folder = tmp_path / "host"
     folder.mkdir()
-    async with platform_lab(tmp_path, api) as lab, children(lab.simulator) as starts:
+    async with platform_lab(tmp_path, api) as lab, children(lab.simulator, CHILD) as starts:
         world = lab.simulator.world
         hardware = await lab.hardware()
 

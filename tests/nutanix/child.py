@@ -6,16 +6,10 @@ Answers each line with the process's id, and when it has ended, with its status.
 
 from __future__ import annotations
 
-import json
-import os
-import sys
-import traceback
 from contextlib import aclosing
 from pathlib import Path
-from typing import Any
 
 import msgspec
-import trio
 
 from replicator import durable
 from replicator.errors import SnapshotGoneError
@@ -25,6 +19,7 @@ from replicator.prism.discovery import open_prism
 from replicator.prism.settings import Account, PrismSettings
 from replicator.sources.base import Snapshot, SnapshotName
 from replicator.sources.nutanix import NutanixSource, open_site
+from tests.forking import serve
 from tests.sources.nutanix_lab import fake_settings
 from tests.sources.simulated import WAITS
 
@@ -135,28 +130,5 @@ async def _finish(
     await snapshot.aclose()
 
 
-def main() -> None:
-    for line in sys.stdin:
-        job: Any = msgspec.json.decode(line, type=Job)
-        pid = os.fork()
-        if pid == 0:
-            code = 1
-            try:
-                trio.run(run, job)
-                code = 0
-            except BaseException:  # noqa: BLE001 - told, and then it is over with this process
-                traceback.print_exc()
-            finally:
-                os._exit(code)
-        _answer({"pid": pid})
-        _, status = os.waitpid(pid, 0)
-        _answer({"code": os.waitstatus_to_exitcode(status)})
-
-
-def _answer(what: dict[str, int]) -> None:
-    sys.stdout.write(json.dumps(what) + "\n")
-    sys.stdout.flush()
-
-
 if __name__ == "__main__":
-    main()
+    serve(Job, run)

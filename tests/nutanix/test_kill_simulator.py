@@ -76,9 +76,11 @@ class Children:
 
 
 @asynccontextmanager
-async def children(simulator: Simulator) -> AsyncGenerator[Children, None]:
+async def children(
+    simulator: Simulator, module: str = "tests.nutanix.child"
+) -> AsyncGenerator[Children, None]:
     process = await trio.lowlevel.open_process(
-        [sys.executable, "-m", "tests.nutanix.child"],
+        [sys.executable, "-m", module],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
     )

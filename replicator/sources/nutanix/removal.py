@@ -47,6 +47,11 @@ def in_removal_order(entries: Iterable[Entry]) -> list[Entry]:
     )
 
 
+def made_as(entry: Entry, found: Iterable[Found]) -> list[str]:
+    """The ids of what bears an entry's name: none if it was never made, several if it was made after all."""
+    return [each.uuid for each in found if (each.kind, each.name) == (entry.kind, entry.name)]
+
+
 class Remover:
     """Removal on the clusters behind one Prism."""
 
@@ -82,11 +87,7 @@ class Remover:
             else:
                 if found is None:
                     found = await self.find_ours()
-                uuids = [
-                    each.uuid
-                    for each in found
-                    if (each.kind, each.name) == (entry.kind, entry.name)
-                ]
+                uuids = made_as(entry, found)
             for uuid in uuids:
                 await delete_object(self._prism, entry.kind, uuid, entry.cluster)
             if uuids:
@@ -141,4 +142,4 @@ def _instant(at_us: int) -> str:
     return datetime.fromtimestamp(at_us // 1_000_000, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
 
 
-__all__ = ["ORDER", "Remover", "delete_object", "in_removal_order"]
+__all__ = ["ORDER", "Remover", "delete_object", "in_removal_order", "made_as"]
